@@ -1,0 +1,189 @@
+"""The two records that every room reads: `PackingGroup` and `EpochPlan`."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hbp_tune.components.planning.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackingGroup:
+    """Samples that share a pack length and the parallel settings that suit it (HBP paper, section 3.1).
+
+    Args:
+        name: shown in the plan, the progress bar and the metrics.
+        pack_len: tokens of one pack over all its context-parallel ranks.
+        cp_degree: ranks that share one pack; 1 means no context parallelism.
+        ac_layers: how many of the first layers recompute their activations in the backward.
+
+    Raises:
+        ConfigError: a value is out of range, or ``pack_len`` is no multiple of ``2 * cp_degree``.
+    """
+
+    name: str
+    pack_len: int
+    cp_degree: int = 1
+    ac_layers: int = 0
+
+    def __post_init__(self) -> None:
+        for field, least in (("pack_len", 2), ("cp_degree", 1), ("ac_layers", 0)):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"group {self.name!r}: {field}={value!r} must be a whole number of at least {least}")
+        # Head-tail sharding cuts each pack into two chunks per cp rank.
+        if self.pack_len % (2 * self.cp_degree):
+            raise ConfigError(
+                f"group {self.name!r}: pack_len={self.pack_len} must be a multiple of "
+                f"2 * cp_degree={2 * self.cp_degree}; round it up or lower cp_degree"
+            )
+
+
+def check_groups(groups: Sequence[PackingGroup], world_size: int) -> None:
+    """Check what holds between groups, and between the groups and the number of ranks.
+
+    Raises:
+        ConfigError: no group, equal names, pack lengths that do not grow, or a CP degree that does not divide the world.
+    """
+    if not groups:
+        raise ConfigError("groups is empty; give at least one PackingGroup(name, pack_len)")
+    names = [group.name for group in groups]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"groups {names} must have different names")
+    for shorter, longer in zip(groups[:-1], groups[1:], strict=True):
+        if shorter.pack_len >= longer.pack_len:
+            raise ConfigError(
+                f"group {longer.name!r} has pack_len={longer.pack_len}, not more than {shorter.pack_len} of "
+                f"{shorter.name!r} before it; list the groups from short to long"
+            )
+    for group in groups:
+        if world_size % group.cp_degree:
+            raise ConfigError(
+                f"world size {world_size} is not a multiple of cp_degree={group.cp_degree} of group {group.name!r}; "
+                f"start a multiple of {group.cp_degree} ranks or set cp_degree to a divisor of {world_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedPack:
+    """One rank's part in one pack: which samples, in which order, and where in the run.
+
+    Args:
+        sample_ids: ``int32[num_docs]``, in pack order; empty for a rank without work in this micro-step.
+        lengths: ``int32[num_docs]``, tokens of each document as planned (truncated samples are shorter than stored).
+        is_last_micro_step: the optimizer steps after this one.
+        cp_rank: which shard of the pack this rank holds.
+    """
+
+    index: int
+    group: PackingGroup
+    step: int
+    micro_step: int
+    is_last_micro_step: bool
+    cp_rank: int
+    sample_ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class EpochPlan:
+    """Every pack's group, step, micro-step and ranks for one epoch, as compressed rows.
+
+    Packs are stored in training order (step, micro-step, first rank). Every rank has exactly one pack in every
+    micro-step, an empty one where there is no work for it, so that all ranks run the same collectives.
+
+    Args:
+        sample_ids: ``int32[placed]``, pack by pack.
+        lengths: ``int32[placed]``, tokens of each placed sample, aligned with ``sample_ids``.
+        pack_offsets: ``int64[packs + 1]``, where each pack's samples start in ``sample_ids``.
+        pack_group: ``int16[packs]``, index into ``groups``.
+        pack_step: ``int32[packs]``, optimizer step within the epoch.
+        pack_micro_step: ``int16[packs]``, accumulation step within the optimizer step.
+        pack_first_rank: ``int32[packs]``; the pack runs on ranks ``first_rank .. first_rank + cp_degree - 1``.
+        dropped: ``int32[...]``, ids of samples longer than the longest group that were left out on request.
+        truncated: ``int32[...]``, ids of samples cut to the longest group's length on request.
+    """
+
+    groups: tuple[PackingGroup, ...]
+    world_size: int
+    sample_ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    pack_offsets: NDArray[np.int64]
+    pack_group: NDArray[np.int16]
+    pack_step: NDArray[np.int32]
+    pack_micro_step: NDArray[np.int16]
+    pack_first_rank: NDArray[np.int32]
+    dropped: NDArray[np.int32]
+    truncated: NDArray[np.int32]
+
+    @property
+    def num_packs(self) -> int:
+        """Packs of the epoch, empty ones included."""
+        return len(self.pack_group)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the epoch."""
+        return int(self.pack_step[-1]) + 1
+
+    @property
+    def cp_degrees(self) -> NDArray[np.int64]:
+        """CP degree of each pack, ``int64[packs]``."""
+        return np.array([group.cp_degree for group in self.groups])[self.pack_group]
+
+    @property
+    def pack_of_sample(self) -> NDArray[np.int64]:
+        """Pack index of each placed sample, ``int64[placed]``."""
+        return np.repeat(np.arange(self.num_packs), np.diff(self.pack_offsets))
+
+    @property
+    def hash(self) -> str:
+        """A SHA-256 over everything that decides what is trained when; equal plans have equal hashes on every machine."""
+        digest = hashlib.sha256(repr((self.groups, self.world_size)).encode())
+        for field in ("sample_ids", "lengths", "pack_offsets", "pack_group", "pack_step", "pack_micro_step", "pack_first_rank"):
+            digest.update(np.ascontiguousarray(getattr(self, field)).tobytes())
+        return digest.hexdigest()
+
+    def sum_per_pack(self, values: NDArray[np.generic]) -> NDArray[np.int64]:
+        """Sum a per-placed-sample array over each pack; empty packs give 0."""
+        totals = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
+        return totals[self.pack_offsets[1:]] - totals[self.pack_offsets[:-1]]
+
+    def for_rank(self, rank: int) -> Iterator[PlannedPack]:
+        """Yield this rank's packs in training order, one per micro-step."""
+        for index in self.indices_for_rank(rank):
+            yield self.pack(int(index), rank)
+
+    def indices_for_rank(self, rank: int, *, first_step: int = 0, last_step: int | None = None) -> NDArray[np.int64]:
+        """Give the pack indices of a rank in training order, one per micro-step.
+
+        Args:
+            rank: whose packs.
+            first_step: the first optimizer step of the epoch to take.
+            last_step: the first one not to take any more; by default all.
+        """
+        cp_rank = rank - self.pack_first_rank
+        mine = (cp_rank >= 0) & (cp_rank < self.cp_degrees) & (self.pack_step >= first_step)
+        return np.flatnonzero(mine & (self.pack_step < (self.num_steps if last_step is None else last_step)))
+
+    def pack(self, index: int, rank: int) -> PlannedPack:
+        """Give pack ``index`` as ``rank`` sees it; ``rank`` must be one of the pack's ranks."""
+        span = slice(int(self.pack_offsets[index]), int(self.pack_offsets[index + 1]))
+        group = self.groups[self.pack_group[index]]
+        cp_rank = rank - int(self.pack_first_rank[index])
+        assert 0 <= cp_rank < group.cp_degree, f"rank {rank} has no part in pack {index}"
+        # Packs are in training order and every micro-step holds world_size / cp_degree of them.
+        following = index + self.world_size // group.cp_degree - int(self.pack_first_rank[index]) // group.cp_degree
+        return PlannedPack(
+            index=index,
+            group=group,
+            step=int(self.pack_step[index]),
+            micro_step=int(self.pack_micro_step[index]),
+            is_last_micro_step=following >= self.num_packs or bool(self.pack_step[following] != self.pack_step[index]),
+            cp_rank=cp_rank,
+            sample_ids=self.sample_ids[span],
+            lengths=self.lengths[span],
+        )
