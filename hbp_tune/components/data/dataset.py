@@ -1,0 +1,87 @@
+"""The hierarchical packed data set: planned packs to tensors, for one rank."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from hbp_tune.components.data.batch import PackBatch
+from hbp_tune.components.data.store import TokenStore
+from hbp_tune.components.planning.records import EpochPlan
+from hbp_tune.components.planning.sharding import local_rows, padded_len
+
+_IGNORE_INDEX = -100  # torch's own default for cross_entropy
+
+
+class HierarchicalPackedDataset(Dataset[PackBatch]):
+    """Builds this rank's rows of any planned pack.
+
+    Args:
+        store: tokens by sample id.
+        plan: of one epoch.
+        document_weights: ``float64[placed]``, loss weight of each target of a placed sample, aligned with
+            ``plan.sample_ids``.
+        rank: whose rows to build.
+    """
+
+    def __init__(self, store: TokenStore, plan: EpochPlan, document_weights: NDArray[np.float64], rank: int) -> None:
+        self._store = store
+        self._plan = plan
+        self._document_weights = document_weights
+        self._rank = rank
+
+    def __len__(self) -> int:
+        return self._plan.num_packs
+
+    def __getitem__(self, index: int) -> PackBatch:
+        """Build pack ``index`` of the plan, which must be one of this rank's."""
+        pack = self._plan.pack(int(index), self._rank)
+        tokens, is_target = self._store.read(pack.sample_ids, pack.lengths)
+        num_tokens = len(tokens)
+        slots = padded_len(num_tokens, pack.group.cp_degree, pack.group.pack_len)
+        doc_lens = [int(length) for length in pack.lengths]
+        if slots > num_tokens:
+            doc_lens.append(slots - num_tokens)  # padding is one more document
+        ends = np.cumsum(doc_lens)
+
+        padded = np.zeros(slots, dtype=np.int64)
+        padded[:num_tokens] = tokens
+        labels = np.full(slots, _IGNORE_INDEX, dtype=np.int64)
+        labels[: max(0, num_tokens - 1)] = np.where(is_target[1:], tokens[1:], _IGNORE_INDEX)
+        labels[ends - 1] = _IGNORE_INDEX  # the last token of a document must not predict the next document's first
+        span = slice(self._plan.pack_offsets[pack.index], self._plan.pack_offsets[pack.index + 1])
+        weights = np.zeros(slots, dtype=np.float32)
+        weights[:num_tokens] = np.repeat(self._document_weights[span], pack.lengths)
+        weights[labels == _IGNORE_INDEX] = 0.0
+        positions = np.arange(slots) - np.repeat(ends - doc_lens, doc_lens)
+
+        rows = local_rows(slots, pack.cp_rank, pack.group.cp_degree)
+        return PackBatch(
+            tokens=torch.from_numpy(padded[rows])[None],
+            labels=torch.from_numpy(labels[rows])[None],
+            input_pos=torch.from_numpy(positions[rows])[None],
+            loss_weights=torch.from_numpy(weights[rows])[None],
+            cu_seqlens=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
+            doc_lens=tuple(doc_lens),
+            group=pack.group,
+            num_tokens=num_tokens,
+            step=pack.step,
+            is_last_micro_step=pack.is_last_micro_step,
+        )
+
+
+def pack_loader(dataset: HierarchicalPackedDataset, indices: NDArray[np.int64], num_workers: int = 0) -> StatefulDataLoader:
+    """Load packs in the order of ``indices``, ahead of training where there are workers.
+
+    The loader's own state is never saved: it would count packs that workers fetched ahead as trained. A resumed run
+    builds its loader from the first step that was not completed.
+    """
+    return StatefulDataLoader(
+        dataset,
+        batch_size=None,
+        sampler=indices.tolist(),
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # so that starting an epoch leaves the global generator alone
+    )
