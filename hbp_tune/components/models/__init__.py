@@ -1,0 +1,1 @@
+"""Models: the adapter that hooks `parallel` into torchtune's decoders."""

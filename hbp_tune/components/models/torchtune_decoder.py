@@ -1,0 +1,125 @@
+"""Adapts any torchtune decoder of plain self-attention layers: attention inside packs, and the loss inside the forward."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules.tied_linear import TiedLinear
+
+from hbp_tune.components.models.torchtune_seam import replace_attention_call
+from hbp_tune.components.parallel.loss_head import weighted_cross_entropy
+from hbp_tune.components.parallel.parallelize import PackContext
+from hbp_tune.components.planning.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderParts:
+    """What the parallel techniques need to know of a decoder.
+
+    Args:
+        layers: in order; recomputed and sharded one by one.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        max_seq_len: positions that the model can encode: the longest document.
+    """
+
+    layers: tuple[nn.Module, ...]
+    num_heads: int
+    num_kv_heads: int
+    max_seq_len: int
+
+
+def adapt_decoder(model: nn.Module) -> DecoderParts:
+    """Hook packs into a torchtune decoder, in place: its forward takes a `PackContext` as mask and returns the loss.
+
+    Parameters and their names stay as they are, so that torchtune's checkpointers work on. Call it before FSDP.
+
+    Raises:
+        ConfigError: the model is no decoder of plain self-attention layers, or has dropout in its attention.
+    """
+    if type(model) is not TransformerDecoder:
+        raise ConfigError(
+            f"model {type(model).__name__} is not supported: hbp-tune trains torchtune.modules.TransformerDecoder "
+            f"(the text models llama2 to llama3_3, qwen2, qwen2_5, mistral, phi3 ...)"
+        )
+    for index, layer in enumerate(model.layers):
+        attention = getattr(layer, "attn", None)
+        if not isinstance(layer, TransformerSelfAttentionLayer) or type(attention) is not MultiHeadAttention:
+            raise ConfigError(
+                f"layer {index} of the model is a {type(layer).__name__} with {type(attention).__name__}; only "
+                f"TransformerSelfAttentionLayer with MultiHeadAttention can attend inside packs"
+            )
+        if attention.attn_dropout > 0:
+            raise ConfigError(f"model.attn_dropout={attention.attn_dropout} must be 0: packed attention has no dropout")
+    attention = model.layers[0].attn
+    parts = DecoderParts(
+        layers=tuple(model.layers),
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        max_seq_len=model.max_seq_len,
+    )
+    for layer in model.layers:
+        replace_attention_call(layer.attn, _attend_inside_pack)
+    if not isinstance(model.output, TiedLinear):
+        model.output.__class__ = LossLinear
+    model.__class__ = LossDecoder
+    return parts
+
+
+def separate_units(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Give the modules that torchtune's ``custom_sharded_layers`` asks to shard by themselves.
+
+    The weight of a tied embedding stays with the model: the loss head reads it outside the embedding's own forward.
+
+    Raises:
+        ConfigError: there is no module of that name.
+    """
+    units = []
+    for name in names:
+        if isinstance(model.output, TiedLinear) and name in ("tok_embeddings", "output"):
+            continue
+        try:
+            units.append(model.get_submodule(name))
+        except AttributeError as error:
+            possible = ", ".join(child for child, _ in model.named_children())
+            raise ConfigError(f"custom_sharded_layers: the model has no {name!r}; it has {possible}") from error
+    return units
+
+
+def _attend_inside_pack(q: Tensor, k: Tensor, v: Tensor, *, mask: PackContext, **_: Any) -> Tensor:
+    # torchtune's [1, heads, local_len, head_dim] to and from the kernels' [local_len, heads, head_dim]
+    return mask.attend(*(x[0].transpose(0, 1) for x in (q, k, v))).transpose(0, 1)[None]
+
+
+class LossLinear(nn.Linear):
+    """The output projection as a loss head; a module, so that FSDP can shard it by itself."""
+
+    def forward(self, hidden: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:  # type: ignore[override]
+        """Give the weighted sum of token losses; arguments as in `weighted_cross_entropy`."""
+        return weighted_cross_entropy(hidden, self.weight, labels, loss_weights)
+
+
+class LossDecoder(TransformerDecoder):
+    """A torchtune decoder whose forward ends in the loss, so that all logits are never held at once."""
+
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, *, mask: PackContext, input_pos: Tensor, labels: Tensor, loss_weights: Tensor
+    ) -> Tensor:
+        """Give the weighted sum of this shard's token losses, a scalar in fp32.
+
+        Args:
+            tokens: ``int64[1, local_len]``.
+            mask: the pack that the rows belong to, from `GroupSwitch.activate`.
+            input_pos: ``int64[1, local_len]``, positions inside each document.
+            labels: ``int64[1, local_len]``, -100 where a token does not count.
+            loss_weights: ``float32[1, local_len]``.
+        """
+        hidden = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            hidden = layer(hidden, mask=mask, input_pos=input_pos)
+        hidden = self.norm(hidden)
+        if isinstance(self.output, TiedLinear):
+            return weighted_cross_entropy(hidden, self.output.tied_module.weight, labels, loss_weights)
+        return cast(Tensor, self.output(hidden, labels, loss_weights))

@@ -1,0 +1,100 @@
+"""Makes a decoder parallel, one function per technique, and switches it to the group of each pack."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from hbp_tune.components.data.batch import PackBatch
+from hbp_tune.components.parallel.activation_checkpoint import set_ac_layers
+from hbp_tune.components.parallel.attention import Attention
+from hbp_tune.components.parallel.context_parallel import ContextParallel
+from hbp_tune.components.parallel.mesh import CpMeshes
+
+
+class PackContext:
+    """What attention needs to know of the pack at hand; travels through the decoder in the place of a mask.
+
+    A plain class on purpose: FSDP2 rebuilds tuples and dataclasses on their way and casts the tensors inside.
+    Recomputation in the backward sees the context of its own forward, so no state is global.
+    """
+
+    def __init__(
+        self, batch: PackBatch, *, mesh: DeviceMesh | None, attention: Attention, context_parallel: ContextParallel
+    ) -> None:
+        self.cu_seqlens = batch.cu_seqlens
+        self.doc_lens = batch.doc_lens
+        self.mesh = mesh
+        self.attention = attention
+        self.context_parallel = context_parallel
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend inside documents; all arguments and the result are this rank's rows, ``[local_len, heads, head_dim]``."""
+        if self.mesh is None:
+            return self.attention(q, k, v, self.cu_seqlens, self.doc_lens)
+        return self.context_parallel(
+            q, k, v, mesh=self.mesh, attention=self.attention, cu_seqlens=self.cu_seqlens, doc_lens=self.doc_lens
+        )
+
+
+class GroupSwitch:
+    """Switches a decoder to the group of each pack: its CP mesh and its recomputed layers.
+
+    Args:
+        layers: the decoder's layers, after `make_checkpointable`.
+        meshes: by CP degree, from `build_cp_meshes`.
+        attention: the kernel.
+        context_parallel: the scheme for groups with a CP degree over 1.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], meshes: CpMeshes, attention: Attention, context_parallel: ContextParallel
+    ) -> None:
+        self._layers = layers
+        self._meshes = meshes
+        self._attention = attention
+        self._context_parallel = context_parallel
+
+    def activate(self, batch: PackBatch) -> PackContext:
+        """Set the recomputed layers for the batch's group and give the context that its forward takes as ``mask``."""
+        set_ac_layers(self._layers, batch.group.ac_layers)
+        return PackContext(
+            batch,
+            mesh=self._meshes[batch.group.cp_degree],
+            attention=self._attention,
+            context_parallel=self._context_parallel,
+        )
+
+
+def apply_fsdp(
+    model: nn.Module,
+    units: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+) -> None:
+    """Shard the weights over every rank (FSDP2): each unit by itself, what is left with the model.
+
+    Args:
+        model: on any device, the meta device included.
+        units: modules whose weights are gathered together, normally the layers.
+        mesh: one axis over every rank.
+        compute_dtype: forward and backward run in it; gradients are reduced in fp32 where the weights are fp32.
+        reshard_after_forward: free gathered weights after the forward and gather them again in the backward.
+        cpu_offload: keep weights, gradients and optimizer state in host memory.
+    """
+    param_dtype = next(model.parameters()).dtype
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if compute_dtype != param_dtype else None,
+        reduce_dtype=param_dtype if compute_dtype != param_dtype else None,
+        cast_forward_inputs=False,  # the only float input of the model is loss_weights, which must stay fp32
+    )
+    offload_policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    for module in (*units, model):
+        fully_shard(
+            module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, offload_policy=offload_policy
+        )
