@@ -1,0 +1,34 @@
+"""Building components with errors that name the key."""
+
+import traceback
+from typing import Any
+
+from omegaconf import DictConfig
+from torchtune import config
+
+from hbp_tune.components.planning.errors import ConfigError, HbpError
+
+
+def build(key: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
+    """Build the ``_component_`` of a configuration key, as ``torchtune.config.instantiate`` does.
+
+    Args:
+        key: where the node stands, for the error.
+        node: with ``_component_`` and its arguments.
+        args: passed before the node's arguments.
+        kwargs: replace the node's arguments.
+
+    Raises:
+        ConfigError: there is no such component, it does not take these arguments, or it cannot be built from them.
+    """
+    try:
+        return config.instantiate(node, *args, **kwargs)
+    except HbpError:
+        raise
+    except Exception as error:
+        component = node.get("_component_", "no _component_") if hasattr(node, "get") else node
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"config key {key!r} ({component}) cannot be built: {type(error).__name__}: {' '.join(str(error).split())} "
+            f"[{place.filename}:{place.lineno}]"
+        ) from error

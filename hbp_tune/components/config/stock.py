@@ -1,0 +1,120 @@
+"""Which keys of torchtune's stock `full_finetune_distributed` carry over, and what replaces those that do not."""
+
+import difflib
+import glob
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hbp_tune.components.planning.errors import ConfigError
+
+# Keys with the meaning that they have in torchtune 0.6.1.
+_CARRIED = frozenset(
+    "output_dir tokenizer dataset seed model checkpointer resume_from_checkpoint epochs optimizer lr_scheduler loss "
+    "clip_grad_norm device dtype metric_logger log_every_n_steps log_peak_memory_stats profiler custom_sharded_layers "
+    "fsdp_cpu_offload fsdp_reshard_after_forward cudnn_deterministic_mode".split()
+)
+# Keys of our own.
+_OURS = frozenset(
+    "groups planner curriculum context_parallel compute_dtype max_steps save_every_n_steps keep_last_n_checkpoints "
+    "num_workers token_store_dir".split()
+)
+# Keys of the stock recipe whose default (no effect) is fine, and what to use in place of anything else.
+_REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "batch_size": ((), "a micro-step is one pack per replica: set groups[].pack_len and planner.tokens_per_step"),
+    "gradient_accumulation_steps": ((), "accumulation follows from planner.tokens_per_step, per group"),
+    "max_steps_per_epoch": ((None,), "use max_steps, which counts over the run"),
+    "shuffle": ((None, True), "samples and steps are shuffled by seed and epoch; a curriculum orders the steps"),
+    "collate_fn": ((None,), "packs replace batches, so there is nothing to collate"),
+    "enable_activation_checkpointing": ((None, False), "set groups[].ac_layers, the recomputed layers of each group"),
+    "ac_mode": ((None, "full"), "set groups[].ac_layers"),
+    "ac_option": ((None,), "set groups[].ac_layers"),
+    "enable_activation_offloading": ((None, False), "set groups[].ac_layers to recompute instead, or raise cp_degree"),
+    "optimizer_in_bwd": ((None, False), "a step's gradients span micro-steps; save memory by fsdp_cpu_offload instead"),
+    "tensor_parallel_dim": ((None, 1), "long packs are split by groups[].cp_degree, weights by FSDP2 over all ranks"),
+    "tensor_parallel_plan": ((None,), "long packs are split by groups[].cp_degree, weights by FSDP2 over all ranks"),
+    "enable_async_checkpointing": ((None, False), "use save_every_n_steps, which saves exact progress"),
+    "compile": ((None, False), "layers are not compiled yet: varlen attention is one fused kernel already"),
+}
+# Losses of torchtune's recipes whose meaning is the mean over a step's targets, which is AveTokenLoss.
+_STOCK_LOSSES = ("torchtune.modules.loss.CEWithChunkedOutputLoss", "torch.nn.CrossEntropyLoss")
+
+
+def check_config(cfg: Mapping[str, Any]) -> None:
+    """Check a recipe's keys before anything is built.
+
+    Raises:
+        ConfigError: a key is missing, replaced by another one, or looks like a misspelling.
+    """
+    for key, (harmless, replacement) in _REPLACED.items():
+        if key in cfg and not any(cfg[key] is value or cfg[key] == value for value in harmless):
+            raise ConfigError(f"{key}={cfg[key]} of torchtune's stock recipe has no place here, remove it: {replacement}")
+    known = _CARRIED | _OURS | _REPLACED.keys()
+    for key in cfg:
+        # Keys of the user's own, for interpolation, are fine; a near miss of a known key is a mistake.
+        if key not in known and (meant := difflib.get_close_matches(key, known, n=1, cutoff=0.8)):
+            raise ConfigError(f"unknown key {key!r}: did you mean {meant[0]!r}? Rename it if it is a value of your own")
+    for key in ("output_dir", "tokenizer", "dataset", "model", "checkpointer", "optimizer", "device", "dtype", "epochs"):
+        if cfg.get(key) is None:
+            raise ConfigError(f"config key {key!r} is missing")
+    if not cfg.get("groups"):
+        raise ConfigError(
+            "config key 'groups' is missing; the least is groups: "
+            "[{_component_: hbp_tune.components.PackingGroup, name: all, pack_len: 8192}]"
+        )
+    for index, dataset in enumerate(_datasets(cfg)):
+        if dataset.get("packed"):
+            raise ConfigError(f"dataset {index}: packed=True has no place here, remove it: groups decide how samples are packed")
+
+
+def is_stock_loss(cfg: Mapping[str, Any]) -> bool:
+    """Tell whether the loss is one of torchtune's whose meaning is `AveTokenLoss`, or left out.
+
+    Raises:
+        ConfigError: a stock loss with arguments that would change its meaning.
+    """
+    loss = cfg.get("loss")
+    if loss is None:
+        return True
+    if loss.get("_component_") not in _STOCK_LOSSES:
+        return False
+    if extra := [key for key in loss if key not in ("_component_", "num_output_chunks")]:
+        raise ConfigError(f"loss.{extra[0]} of {loss['_component_']} has no place here; use hbp_tune.components.AveTokenLoss")
+    return True
+
+
+def local_files(cfg: Mapping[str, Any]) -> list[Path]:
+    """Find the local files that decide the content of the data: data files, and those of the tokenizer.
+
+    Raises:
+        ConfigError: a local data file does not exist.
+    """
+    files: list[Path] = []
+    for index, dataset in enumerate(_datasets(cfg)):
+        for name in _strings(dataset.get("data_files")):
+            if "://" in name:
+                continue
+            found = [Path(path) for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
+            if not found and dataset.get("source") in ("json", "csv", "parquet", "arrow", "text"):
+                hint = "; `python -m hbp_tune.demo` makes the demo's data" if "hbp_demo" in name else ""
+                raise ConfigError(f"dataset {index}: data file {name} does not exist (looked from {Path.cwd()}){hint}")
+            files += found
+    files += [Path(name) for name in _strings(cfg["tokenizer"]) if Path(name).is_file()]
+    return files
+
+
+def _datasets(cfg: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    dataset = cfg["dataset"]
+    return [dataset] if isinstance(dataset, Mapping) or hasattr(dataset, "keys") else list(dataset)
+
+
+def _strings(node: Any) -> Iterator[str]:
+    """Give all strings inside nested mappings and lists."""
+    if isinstance(node, str):
+        yield node
+    elif hasattr(node, "keys"):
+        for key in node:
+            yield from _strings(node[key])
+    elif node is not None and hasattr(node, "__iter__"):
+        for item in node:
+            yield from _strings(item)

@@ -1,0 +1,1 @@
+"""Reporting: what people see of the data, the plan and the run."""

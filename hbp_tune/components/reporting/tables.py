@@ -1,0 +1,87 @@
+"""The data and the plan as tables on a terminal."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from hbp_tune.components.planning.metrics import PlanMetrics, measure
+from hbp_tune.components.planning.records import EpochPlan
+
+_BAR_WIDTH = 24
+
+
+def print_plan(
+    plan: EpochPlan,
+    naive: EpochPlan,
+    lengths: NDArray[np.int32],
+    *,
+    tokens_per_step: NDArray[np.int64],
+    console: Console | None = None,
+) -> None:
+    """Print what the data look like, the plan by group, and its metrics beside one-length packing of the same data.
+
+    Args:
+        plan: of the first epoch.
+        naive: one-length packing of the same samples.
+        lengths: ``int32[num_samples]``, of all samples, overlong ones included.
+        tokens_per_step: ``int64[num_steps]`` of ``plan``.
+        console: where to print; the standard output by default.
+    """
+    console = console or Console()
+    console.print(_lengths_table(lengths))
+    console.print(_groups_table(plan, tokens_per_step))
+    console.print(_metrics_table([("HBP (this plan)", measure(plan)), ("naive, one length", measure(naive))]))
+
+
+def _lengths_table(lengths: NDArray[np.int32]) -> Table:
+    table = Table(title=f"Data: {len(lengths):,} samples, {int(lengths.sum(dtype=np.int64)):,} tokens")
+    for name in ("length", "samples", "share of tokens"):
+        table.add_column(name, justify="left" if name == "share of tokens" else "right")
+    borders = [0, *(2**power for power in range(7, 41) if 2**power < lengths.max()), int(lengths.max())]
+    total = lengths.sum(dtype=np.int64)
+    for low, high in zip(borders[:-1], borders[1:], strict=True):
+        inside = lengths[(lengths > low) & (lengths <= high)]
+        share = inside.sum(dtype=np.int64) / total
+        table.add_row(f"to {high:,}", f"{len(inside):,}", f"{'█' * round(share * _BAR_WIDTH):<{_BAR_WIDTH}} {share:.3f}")
+    quantiles = np.quantile(lengths, (0.0, 0.5, 0.9, 0.99, 1.0), method="lower")
+    table.caption = "min {:,}  median {:,}  p90 {:,}  p99 {:,}  max {:,} tokens".format(*quantiles)
+    return table
+
+
+def _groups_table(plan: EpochPlan, tokens_per_step: NDArray[np.int64]) -> Table:
+    table = Table(title=f"Plan: {plan.num_steps:,} optimizer steps an epoch on {plan.world_size} ranks")
+    for name in ("group", "pack length", "CP degree", "AC layers", "samples", "packs", "steps", "micro-steps/step", "tokens/step"):
+        table.add_column(name, justify="left" if name == "group" else "right")
+    docs_per_pack = np.diff(plan.pack_offsets)
+    for index, group in enumerate(plan.groups):
+        mine = plan.pack_group == index
+        steps = np.unique(plan.pack_step[mine])
+        micro_steps = np.count_nonzero(mine & (plan.pack_first_rank == 0))
+        table.add_row(
+            group.name,
+            f"{group.pack_len:,}",
+            str(group.cp_degree),
+            str(group.ac_layers),
+            f"{int(docs_per_pack[mine].sum()):,}",
+            f"{np.count_nonzero(docs_per_pack[mine]):,}",
+            f"{len(steps):,}",
+            f"{micro_steps / len(steps):.1f}" if len(steps) else "-",
+            f"{int(tokens_per_step[steps].mean()):,}" if len(steps) else "-",
+        )
+    left_out = [f"{len(ids):,} {what}" for what, ids in (("dropped", plan.dropped), ("truncated", plan.truncated)) if len(ids)]
+    table.caption = f"{len(plan.sample_ids):,} samples placed, each once" + "".join(f", {part}" for part in left_out)
+    return table
+
+
+def _metrics_table(rows: Sequence[tuple[str, PlanMetrics]]) -> Table:
+    table = Table(title="Balance (0 is perfect, but for Ave-T)")
+    for name in ("packing", "DBR", "PR", "ABR", "CR", "Ave-T"):
+        table.add_column(name, justify="left" if name == "packing" else "right")
+    for name, metrics in rows:
+        ratios = (metrics.dbr, metrics.pr, metrics.abr, metrics.cr)
+        table.add_row(name, *(f"{ratio:.4f}" for ratio in ratios), f"{metrics.ave_t:,.0f}")
+    table.caption = "DBR, ABR: idle share by tokens, by attention  PR: padding  CR: tokens that pay CP  Ave-T: tokens/rank"
+    return table

@@ -1,0 +1,1 @@
+"""Training: loss weights, telemetry, and what is saved and resumed."""

@@ -1,0 +1,34 @@
+"""Numbers of a step as it ran, for people and metric loggers."""
+
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hbp_tune.components.planning.records import EpochPlan
+
+
+class StepClock:
+    """Times optimizer steps: each reading is the time since the last one, and restarts the clock.
+
+    Args:
+        device: whose queued work must end before a reading counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start_s = time.perf_counter()
+
+    def read_s(self) -> float:
+        """Give seconds since the last reading."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now_s = time.perf_counter()
+        elapsed_s, self._start_s = now_s - self._start_s, now_s
+        return elapsed_s
+
+
+def tokens_per_step(plan: EpochPlan) -> NDArray[np.int64]:
+    """Count the real tokens of each optimizer step over all ranks, ``int64[num_steps]``."""
+    return np.bincount(plan.pack_step, weights=plan.sum_per_pack(plan.lengths), minlength=plan.num_steps).astype(np.int64)
