@@ -1,0 +1,1 @@
+"""Recipes: a whole run in one readable file each, the unit that users copy."""

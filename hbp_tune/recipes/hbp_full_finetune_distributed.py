@@ -1,0 +1,393 @@
+"""Full fine-tuning by Hierarchical Balance Packing (HBP, arXiv 2503.07680) on FSDP2, in torchtune's recipe style.
+
+Start it with
+
+    tune run --nproc_per_node 8 hbp_full_finetune_distributed --config llama3_1/8B_hbp_full [key=value ...]
+
+or copy this file into your own folder, change it, and start it by its file name.
+"""
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torchtune import config, training, utils
+from torchtune.recipe_interfaces import FTRecipeInterface
+from tqdm import tqdm
+
+from hbp_tune.components import (
+    AveTokenLoss,
+    BalancePlanner,
+    ConfigError,
+    EpochPlan,
+    GroupSwitch,
+    HierarchicalPackedDataset,
+    PackBatch,
+    Position,
+    ProgressSaver,
+    RunIdentity,
+    StepClock,
+    TokenStore,
+    Ulysses,
+    adapt_decoder,
+    apply_fsdp,
+    build,
+    build_cp_meshes,
+    build_fsdp_mesh,
+    check_config,
+    check_groups,
+    check_plan_hash,
+    default_store_directory,
+    is_stock_loss,
+    local_files,
+    make_checkpointable,
+    naive_plan,
+    open_token_store,
+    pack_loader,
+    print_plan,
+    report_overlong,
+    run_recipe,
+    select_attention,
+    separate_units,
+    store_key,
+    tokens_per_step,
+)
+
+log = utils.get_logger("INFO")
+
+
+class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
+    """Fine-tune every weight of a torchtune decoder on data that mixes short and long samples.
+
+    A sample's way: the data set component and the tokenizer give its tokens, kept on disk; the planner gives it a group,
+    a pack and an optimizer step; the loader makes its pack's tensors on the ranks that the plan names; the group
+    decides over how many ranks the pack's sequence is split and how many layers recompute their activations.
+
+    Args:
+        cfg: keys as in torchtune's ``full_finetune_distributed``, and ``groups``, ``planner``, ``curriculum``,
+            ``context_parallel``, ``compute_dtype``, ``max_steps``, ``save_every_n_steps``, ``keep_last_n_checkpoints``,
+            ``num_workers``, ``token_store_dir``.
+
+    Raises:
+        ConfigError: settings that cannot work, alone or together.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        check_config(cfg)
+        self._device = utils.get_device(device=cfg.device)
+        self._dtype = training.get_dtype(cfg.dtype, device=self._device)
+        self._compute_dtype = training.get_dtype(cfg.get("compute_dtype") or cfg.dtype, device=self._device)
+        if torch.float16 in (self._dtype, self._compute_dtype):
+            raise ConfigError("dtype and compute_dtype must be bf16 or fp32: fp16 needs loss scaling, which is not supported")
+        self._cpu_offload = cfg.get("fsdp_cpu_offload", False)
+        if self._cpu_offload and self._device.type != "cuda":
+            raise ConfigError(f"fsdp_cpu_offload=True needs device=cuda, device is {self._device.type}; set it to False")
+        if not dist.is_initialized():
+            if not dist.is_torchelastic_launched():
+                raise ConfigError("start with torchrun: tune run --nproc_per_node N hbp_full_finetune_distributed --config ...")
+            dist.init_process_group(
+                training.get_distributed_backend(self._device.type, offload_ops_to_cpu=self._cpu_offload)
+            )
+        self.world_size, self.rank = utils.get_world_size_and_rank()
+        self._is_rank_zero = self.rank == 0
+        self._output_dir = Path(cfg.output_dir)
+        self._log_every_n_steps = cfg.get("log_every_n_steps", 1)
+        self._log_peak_memory_stats = cfg.get("log_peak_memory_stats", False) and self._device.type == "cuda"
+        self._clip_grad_norm = float(cfg.get("clip_grad_norm") or "inf")
+        self._save_every_n_steps = cfg.get("save_every_n_steps")
+
+        self._groups = tuple(build("groups", group) for group in cfg.groups)
+        check_groups(self._groups, self.world_size)
+        self._planner = build("planner", cfg.planner) if cfg.get("planner") else BalancePlanner()
+        self._curriculum = build("curriculum", cfg.curriculum) if cfg.get("curriculum") else None
+        self._context_parallel = build("context_parallel", cfg.context_parallel) if cfg.get("context_parallel") else Ulysses()
+        self._loss = AveTokenLoss() if is_stock_loss(cfg) else build("loss", cfg.loss)
+
+        self.seed = training.set_seed(seed=cfg.get("seed"), debug_mode=cfg.get("cudnn_deterministic_mode"))
+        self.global_step = 0
+        self.epoch = 0
+        self.epoch_step = 0  # optimizer steps of this epoch that are done
+
+    def setup(self, cfg: DictConfig) -> None:
+        """Set up everything; what can go wrong with the settings or the data goes wrong before weights are loaded."""
+        self._tokenizer = build("tokenizer", cfg.tokenizer)
+        self._model = self._setup_decoder(cfg)
+        self._store = self._setup_store(cfg)
+        self._progress = ProgressSaver(
+            self._output_dir / "progress",
+            RunIdentity(world_size=self.world_size, groups=self._groups, store_fingerprint=self._store.fingerprint),
+            keep=cfg.get("keep_last_n_checkpoints") or 1,
+        )
+        position = self._progress.latest() if cfg.get("resume_from_checkpoint") else None
+        if position is not None:
+            self._update_recipe_state(position)
+        self._steps_per_epoch = self._setup_plan(cfg.epochs, cfg.get("max_steps"))
+        self._num_workers = cfg.get("num_workers") or 0
+
+        self._checkpointer = build("checkpointer", cfg.checkpointer)
+        self._load_weights()
+        self._optimizer = build("optimizer", cfg.optimizer, self._model.parameters())
+        self._lr_scheduler = None
+        if cfg.get("lr_scheduler"):
+            total_steps = sum(self._steps_per_epoch)
+            self._lr_scheduler = build("lr_scheduler", cfg.lr_scheduler, self._optimizer, num_training_steps=total_steps)
+        if position is not None:
+            self._resume(position)
+        meshes = build_cp_meshes(self._groups, self._device.type)
+        attention = select_attention(self._device, self._compute_dtype)
+        self._switch = GroupSwitch(self._decoder.layers, meshes, attention, self._context_parallel)
+
+        self._profiler = self._setup_profiler(cfg)
+        if self._is_rank_zero:
+            self._metric_logger = build("metric_logger", cfg.metric_logger) if cfg.get("metric_logger") else None
+            if self._metric_logger:
+                self._metric_logger.log_config(cfg)
+
+    def _setup_decoder(self, cfg: DictConfig) -> nn.Module:
+        """Build the decoder without weights, make it parallel, and check that the groups suit it."""
+        with training.set_default_dtype(self._dtype), torch.device("meta"):
+            model: nn.Module = build("model", cfg.model)
+        self._decoder = adapt_decoder(model)
+        self._context_parallel.check_heads(
+            self._groups, num_heads=self._decoder.num_heads, num_kv_heads=self._decoder.num_kv_heads
+        )
+        for group in self._groups:
+            if group.ac_layers > len(self._decoder.layers):
+                raise ConfigError(
+                    f"group {group.name!r}: ac_layers={group.ac_layers} is more than the model's "
+                    f"{len(self._decoder.layers)} layers; set {len(self._decoder.layers)} to recompute all of them"
+                )
+        make_checkpointable(self._decoder.layers)  # before FSDP, which must gather weights around the recomputation too
+        apply_fsdp(
+            model,
+            (*self._decoder.layers, *separate_units(model, cfg.get("custom_sharded_layers") or ())),
+            build_fsdp_mesh(self._device.type),
+            compute_dtype=self._compute_dtype,
+            reshard_after_forward=cfg.get("fsdp_reshard_after_forward", True),
+            cpu_offload=self._cpu_offload,
+        )
+        return model
+
+    def _setup_store(self, cfg: DictConfig) -> TokenStore:
+        """Tokenise the data set, or open what an earlier run with the same data, tokenizer and template left on disk."""
+        files = local_files(cfg)
+        nodes = list(cfg.dataset) if OmegaConf.is_list(cfg.dataset) else [cfg.dataset]
+        key = store_key([OmegaConf.to_container(cfg[name], resolve=True) for name in ("dataset", "tokenizer")], files)
+        path = Path(cfg.get("token_store_dir") or default_store_directory()) / key
+        sources = [build(f"dataset[{index}]", node, self._tokenizer) for index, node in enumerate(nodes)]
+        store = open_token_store(sources, path, is_builder=dist.get_node_local_rank(fallback_rank=self.rank) == 0)
+        longest_group = self._groups[-1]
+        self._num_targets = store.num_targets_within(longest_group.pack_len)
+        longest = min(int(store.lengths.max()), longest_group.pack_len)
+        if longest > self._decoder.max_seq_len:
+            raise ConfigError(
+                f"the longest sample that is trained has {longest} tokens, the model encodes {self._decoder.max_seq_len} "
+                f"positions (max_seq_len); lower pack_len of group {longest_group.name!r} and set planner.overlong, or use a "
+                f"model builder with a larger max_seq_len"
+            )
+        return store
+
+    def _setup_plan(self, epochs: int, max_steps: int | None) -> list[int]:
+        """Count the optimizer steps of each epoch, up to ``max_steps``, and show the plan of the first."""
+        steps_per_epoch: list[int] = []
+        while len(steps_per_epoch) < epochs and (max_steps is None or sum(steps_per_epoch) < max_steps):
+            plan = self._plan_epoch(len(steps_per_epoch), first_step=sum(steps_per_epoch))
+            if not steps_per_epoch and self._is_rank_zero:
+                self._show_plan(plan)
+            left = plan.num_steps if max_steps is None else max_steps - sum(steps_per_epoch)
+            steps_per_epoch.append(min(plan.num_steps, left))
+        return steps_per_epoch
+
+    def _plan_epoch(self, epoch: int, *, first_step: int) -> EpochPlan:
+        """Plan an epoch on every rank, from the same numbers to the same plan."""
+        with warnings.catch_warnings():
+            if not self._is_rank_zero:
+                warnings.simplefilter("ignore")
+            plan: EpochPlan = self._planner.plan(
+                self._store.lengths,
+                self._num_targets,
+                self._groups,
+                world_size=self.world_size,
+                seed=self.seed,
+                epoch=epoch,
+                curriculum=self._curriculum,
+                first_step=first_step,
+            )
+        hashes: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(hashes, plan.hash)
+        if len(set(hashes)) > 1:
+            raise ConfigError(f"ranks planned epoch {epoch} differently ({hashes}); are their package versions the same?")
+        return plan
+
+    def _show_plan(self, plan: EpochPlan) -> None:
+        naive = naive_plan(
+            self._store.lengths,
+            self._num_targets,
+            self._groups,
+            planner=self._planner,
+            world_size=self.world_size,
+            seed=self.seed,
+        )
+        print_plan(plan, naive, self._store.lengths, tokens_per_step=tokens_per_step(plan))
+        if line := report_overlong(plan, self._store.lengths, self._store.sources, self._output_dir):
+            log.warning(line)
+
+    def _load_weights(self) -> None:
+        start = time.perf_counter()
+        state_dict = self._checkpointer.load_checkpoint()[training.MODEL_KEY]
+        with training.set_default_dtype(self._dtype), self._device:
+            for module in self._model.modules():
+                if hasattr(module, "rope_init"):
+                    module.rope_init()  # positions are no weights: they are not in the checkpoint
+        training.load_from_full_model_state_dict(
+            self._model, state_dict, self._device, strict=True, cpu_offload=self._cpu_offload
+        )
+        training.validate_no_params_on_meta_device(self._model)
+        utils.log_rank_zero(log, f"Loading weights took {time.perf_counter() - start:.1f} s")
+
+    def _update_recipe_state(self, position: Position) -> None:
+        """Take up position and seed, which the plan depends on."""
+        if position.seed != self.seed:
+            utils.log_rank_zero(log, f"seed={position.seed} of the saved progress replaces seed={self.seed}")
+        self.seed = position.seed
+        self.global_step, self.epoch, self.epoch_step = position.global_step, position.epoch, position.epoch_step
+
+    def _resume(self, position: Position) -> None:
+        """Take up weights, optimizer, schedule and random state where the last completed step left them."""
+        plan = self._plan_epoch(self.epoch, first_step=sum(self._steps_per_epoch[: self.epoch]))
+        check_plan_hash(position, plan.hash)
+        self._progress.load(position, model=self._model, optimizer=self._optimizer, lr_scheduler=self._lr_scheduler)
+        total_steps = sum(self._steps_per_epoch)
+        if position.total_steps != total_steps:
+            utils.log_rank_zero(log, f"the run had {position.total_steps} steps and now has {total_steps}; so has its LR schedule")
+        utils.log_rank_zero(log, f"Resuming after step {self.global_step} of {total_steps}")
+
+    def _setup_profiler(self, cfg: DictConfig) -> Any:
+        node = cfg.get(training.PROFILER_KEY) or OmegaConf.create({"enabled": False})
+        node = OmegaConf.merge({"_component_": "torchtune.training.setup_torch_profiler"}, node)
+        profiler, _ = build("profiler", node)
+        return profiler
+
+    def _epoch_batches(self, epoch: int) -> Iterator[PackBatch]:
+        """Load this rank's packs of an epoch, from the first step that is not done."""
+        plan = self._plan_epoch(epoch, first_step=sum(self._steps_per_epoch[:epoch]))
+        self._plan_hash, self._tokens_per_step = plan.hash, tokens_per_step(plan)
+        weights = self._loss.document_weights(plan, self._num_targets)
+        dataset = HierarchicalPackedDataset(self._store, plan, weights, self.rank)
+        indices = plan.indices_for_rank(self.rank, first_step=self.epoch_step, last_step=self._steps_per_epoch[epoch])
+        for batch in pack_loader(dataset, indices, self._num_workers):
+            yield batch.to(self._device)
+
+    def train(self) -> None:
+        """Train; every optimizer step draws its packs from one group."""
+        clock = StepClock(self._device)
+        total_steps = sum(self._steps_per_epoch)
+        pbar = tqdm(total=total_steps, initial=self.global_step, disable=not self._is_rank_zero)
+        self._profiler.start()
+        for epoch in range(self.epoch, len(self._steps_per_epoch)):
+            self.epoch = epoch
+            loss_sum = torch.zeros((), device=self._device)
+            for batch in self._epoch_batches(epoch):
+                pack = self._switch.activate(batch)  # the group's CP mesh and recomputed layers
+                self._model.set_requires_gradient_sync(batch.is_last_micro_step)
+                loss = self._model(
+                    batch.tokens, mask=pack, input_pos=batch.input_pos, labels=batch.labels, loss_weights=batch.loss_weights
+                )
+                (loss * self.world_size).backward()  # FSDP2 averages over ranks; the weights already sum to one step
+                loss_sum += loss.detach()
+                if not batch.is_last_micro_step:
+                    continue
+
+                grad_norm = nn.utils.clip_grad_norm_(self._model.parameters(), max_norm=self._clip_grad_norm)
+                self._optimizer.step()
+                self._optimizer.zero_grad(set_to_none=True)
+                lr = training.get_lr(self._optimizer)
+                if self._lr_scheduler is not None:
+                    self._lr_scheduler.step()
+                step_tokens = int(self._tokens_per_step[self.epoch_step])
+                self.global_step += 1
+                self.epoch_step += 1
+
+                dist.all_reduce(loss_sum)  # on every rank, also where only rank 0 logs
+                metrics = {
+                    "loss": loss_sum.item(),
+                    "lr": lr,
+                    "grad_norm": grad_norm.full_tensor().item(),
+                    "tokens_per_second_per_gpu": step_tokens / (clock.read_s() * self.world_size),
+                    "num_tokens": step_tokens,
+                    "pack_len": batch.group.pack_len,
+                    "cp_degree": batch.group.cp_degree,
+                }
+                loss_sum.zero_()
+                self._log(metrics, batch.group.name, pbar)
+                self._profiler.step()
+                if self._save_every_n_steps and self.global_step % self._save_every_n_steps == 0:
+                    self.save_progress()
+            self.save_checkpoint(epoch=epoch)
+            self.epoch_step = 0
+        self._profiler.stop()
+        pbar.close()
+
+    def _log(self, metrics: dict[str, Any], group: str, pbar: tqdm) -> None:
+        pbar.update(1)
+        tps = metrics["tokens_per_second_per_gpu"]
+        pbar.set_description(f"{self.epoch + 1}|{self.global_step}|loss {metrics['loss']:.4f}|{group}|{tps:,.0f} tokens/s/rank")
+        if not self._is_rank_zero or self._metric_logger is None or self.global_step % self._log_every_n_steps:
+            return
+        if self._log_peak_memory_stats:
+            metrics |= training.get_memory_stats(device=self._device)
+        self._metric_logger.log_dict(metrics, step=self.global_step)
+
+    def save_progress(self) -> None:
+        """Save what resuming needs; the run goes on from here after a crash."""
+        position = Position(
+            global_step=self.global_step,
+            epoch=self.epoch,
+            epoch_step=self.epoch_step,
+            seed=self.seed,
+            plan_hash=self._plan_hash,
+            total_steps=sum(self._steps_per_epoch),
+        )
+        folder = self._progress.save(
+            position, model=self._model, optimizer=self._optimizer, lr_scheduler=self._lr_scheduler
+        )
+        utils.log_rank_zero(log, f"Progress saved in {folder}")
+
+    def save_checkpoint(self, epoch: int) -> None:
+        """Export the weights in the checkpointer's format (Hugging Face), at the end of an epoch and of the run."""
+        state_dict = training.gather_cpu_state_dict(self._model, self._is_rank_zero, device=self._device)
+        if self._is_rank_zero:
+            self._checkpointer.save_checkpoint({training.MODEL_KEY: state_dict}, epoch=epoch)
+        dist.barrier()
+
+    def cleanup(self) -> None:
+        """Close the logger and leave the process group."""
+        if self._is_rank_zero and self._metric_logger:
+            self._metric_logger.close()
+        dist.destroy_process_group()
+
+
+@config.parse
+def recipe_main(cfg: DictConfig) -> None:
+    """Fine-tune by the settings in ``cfg``: the YAML file's, overwritten by ``key=value`` from the command line."""
+    config.log_config(recipe_name="HBPFullFinetuneRecipeDistributed", cfg=cfg)
+    recipe = HBPFullFinetuneRecipeDistributed(cfg=cfg)
+    recipe.setup(cfg=cfg)
+    recipe.train()
+    recipe.cleanup()
+
+
+def main() -> None:
+    """Run from the command line; ``--config`` takes a path or the name of a packaged configuration."""
+    run_recipe(recipe_main)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
