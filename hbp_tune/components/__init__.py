@@ -15,7 +15,7 @@ _HOMES = {
     if isinstance(node, ast.ImportFrom) and node.module
     for alias in node.names
 }
-__all__ = sorted(_HOMES)  # noqa: PLE0605 - the names stand in __init__.pyi
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

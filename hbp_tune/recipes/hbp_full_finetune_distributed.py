@@ -7,17 +7,18 @@ Start it with
 or copy this file into your own folder, change it, and start it by its file name.
 """
 
-import sys
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torchtune import config, training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
@@ -92,9 +93,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         if not dist.is_initialized():
             if not dist.is_torchelastic_launched():
                 raise ConfigError("start with torchrun: tune run --nproc_per_node N hbp_full_finetune_distributed --config ...")
-            dist.init_process_group(
-                training.get_distributed_backend(self._device.type, offload_ops_to_cpu=self._cpu_offload)
-            )
+            dist.init_process_group(training.get_distributed_backend(self._device.type, offload_ops_to_cpu=self._cpu_offload))
         self.world_size, self.rank = utils.get_world_size_and_rank()
         self._is_rank_zero = self.rank == 0
         self._output_dir = Path(cfg.output_dir)
@@ -151,7 +150,11 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
                 self._metric_logger.log_config(cfg)
 
     def _setup_decoder(self, cfg: DictConfig) -> nn.Module:
-        """Build the decoder without weights, make it parallel, and check that the groups suit it."""
+        """Build the decoder without weights, make it parallel, and check that the groups suit it.
+
+        Raises:
+            ConfigError: a group recomputes more layers than there are.
+        """
         with training.set_default_dtype(self._dtype), torch.device("meta"):
             model: nn.Module = build("model", cfg.model)
         self._decoder = adapt_decoder(model)
@@ -176,7 +179,11 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         return model
 
     def _setup_store(self, cfg: DictConfig) -> TokenStore:
-        """Tokenise the data set, or open what an earlier run with the same data, tokenizer and template left on disk."""
+        """Tokenise the data set, or open what an earlier run with the same data, tokenizer and template left on disk.
+
+        Raises:
+            ConfigError: a document is longer than the positions that the model encodes.
+        """
         files = local_files(cfg)
         nodes = list(cfg.dataset) if OmegaConf.is_list(cfg.dataset) else [cfg.dataset]
         key = store_key([OmegaConf.to_container(cfg[name], resolve=True) for name in ("dataset", "tokenizer")], files)
@@ -206,7 +213,11 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         return steps_per_epoch
 
     def _plan_epoch(self, epoch: int, *, first_step: int) -> EpochPlan:
-        """Plan an epoch on every rank, from the same numbers to the same plan."""
+        """Plan an epoch on every rank, from the same numbers to the same plan.
+
+        Raises:
+            ConfigError: ranks came to different plans.
+        """
         with warnings.catch_warnings():
             if not self._is_rank_zero:
                 warnings.simplefilter("ignore")
@@ -245,7 +256,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         with training.set_default_dtype(self._dtype), self._device:
             for module in self._model.modules():
                 if hasattr(module, "rope_init"):
-                    module.rope_init()  # positions are no weights: they are not in the checkpoint
+                    cast(Any, module).rope_init()  # positions are no weights: they are not in the checkpoint
         training.load_from_full_model_state_dict(
             self._model, state_dict, self._device, strict=True, cpu_offload=self._cpu_offload
         )
@@ -266,12 +277,14 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self._progress.load(position, model=self._model, optimizer=self._optimizer, lr_scheduler=self._lr_scheduler)
         total_steps = sum(self._steps_per_epoch)
         if position.total_steps != total_steps:
-            utils.log_rank_zero(log, f"the run had {position.total_steps} steps and now has {total_steps}; so has its LR schedule")
+            utils.log_rank_zero(
+                log, f"the run had {position.total_steps} steps and now has {total_steps}; so has its LR schedule"
+            )
         utils.log_rank_zero(log, f"Resuming after step {self.global_step} of {total_steps}")
 
     def _setup_profiler(self, cfg: DictConfig) -> Any:
-        node = cfg.get(training.PROFILER_KEY) or OmegaConf.create({"enabled": False})
-        node = OmegaConf.merge({"_component_": "torchtune.training.setup_torch_profiler"}, node)
+        node = cfg.get(training.PROFILER_KEY) or {"enabled": False}
+        node = cast(DictConfig, OmegaConf.merge({"_component_": "torchtune.training.setup_torch_profiler"}, node))
         profiler, _ = build("profiler", node)
         return profiler
 
@@ -288,6 +301,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
     def train(self) -> None:
         """Train; every optimizer step draws its packs from one group."""
         clock = StepClock(self._device)
+        fsdp = cast(FSDPModule, self._model)
         total_steps = sum(self._steps_per_epoch)
         pbar = tqdm(total=total_steps, initial=self.global_step, disable=not self._is_rank_zero)
         self._profiler.start()
@@ -296,7 +310,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             loss_sum = torch.zeros((), device=self._device)
             for batch in self._epoch_batches(epoch):
                 pack = self._switch.activate(batch)  # the group's CP mesh and recomputed layers
-                self._model.set_requires_gradient_sync(batch.is_last_micro_step)
+                fsdp.set_requires_gradient_sync(batch.is_last_micro_step)
                 loss = self._model(
                     batch.tokens, mask=pack, input_pos=batch.input_pos, labels=batch.labels, loss_weights=batch.loss_weights
                 )
@@ -319,7 +333,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
                 metrics = {
                     "loss": loss_sum.item(),
                     "lr": lr,
-                    "grad_norm": grad_norm.full_tensor().item(),
+                    "grad_norm": cast(DTensor, grad_norm).full_tensor().item(),
                     "tokens_per_second_per_gpu": step_tokens / (clock.read_s() * self.world_size),
                     "num_tokens": step_tokens,
                     "pack_len": batch.group.pack_len,
@@ -355,9 +369,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             plan_hash=self._plan_hash,
             total_steps=sum(self._steps_per_epoch),
         )
-        folder = self._progress.save(
-            position, model=self._model, optimizer=self._optimizer, lr_scheduler=self._lr_scheduler
-        )
+        folder = self._progress.save(position, model=self._model, optimizer=self._optimizer, lr_scheduler=self._lr_scheduler)
         utils.log_rank_zero(log, f"Progress saved in {folder}")
 
     def save_checkpoint(self, epoch: int) -> None:
@@ -374,7 +386,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         dist.destroy_process_group()
 
 
-@config.parse
+@config.parse  # type: ignore[untyped-decorator]
 def recipe_main(cfg: DictConfig) -> None:
     """Fine-tune by the settings in ``cfg``: the YAML file's, overwritten by ``key=value`` from the command line."""
     config.log_config(recipe_name="HBPFullFinetuneRecipeDistributed", cfg=cfg)
@@ -390,4 +402,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -23,9 +23,9 @@ def build(key: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     """
     try:
         return config.instantiate(node, *args, **kwargs)
-    except HbpError:
-        raise
     except Exception as error:
+        if isinstance(error, HbpError):  # it says what is wrong by itself
+            raise
         component = node.get("_component_", "no _component_") if hasattr(node, "get") else node
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError(

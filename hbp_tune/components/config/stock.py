@@ -10,14 +10,45 @@ from hbp_tune.components.planning.errors import ConfigError
 
 # Keys with the meaning that they have in torchtune 0.6.1.
 _CARRIED = frozenset(
-    "output_dir tokenizer dataset seed model checkpointer resume_from_checkpoint epochs optimizer lr_scheduler loss "
-    "clip_grad_norm device dtype metric_logger log_every_n_steps log_peak_memory_stats profiler custom_sharded_layers "
-    "fsdp_cpu_offload fsdp_reshard_after_forward cudnn_deterministic_mode".split()
+    [
+        "output_dir",
+        "tokenizer",
+        "dataset",
+        "seed",
+        "model",
+        "checkpointer",
+        "resume_from_checkpoint",
+        "epochs",
+        "optimizer",
+        "lr_scheduler",
+        "loss",
+        "clip_grad_norm",
+        "device",
+        "dtype",
+        "metric_logger",
+        "log_every_n_steps",
+        "log_peak_memory_stats",
+        "profiler",
+        "custom_sharded_layers",
+        "fsdp_cpu_offload",
+        "fsdp_reshard_after_forward",
+        "cudnn_deterministic_mode",
+    ]
 )
 # Keys of our own.
 _OURS = frozenset(
-    "groups planner curriculum context_parallel compute_dtype max_steps save_every_n_steps keep_last_n_checkpoints "
-    "num_workers token_store_dir".split()
+    [
+        "groups",
+        "planner",
+        "curriculum",
+        "context_parallel",
+        "compute_dtype",
+        "max_steps",
+        "save_every_n_steps",
+        "keep_last_n_checkpoints",
+        "num_workers",
+        "token_store_dir",
+    ]
 )
 # Keys of the stock recipe whose default (no effect) is fine, and what to use in place of anything else.
 _REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {

@@ -45,5 +45,11 @@ class PackBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "PackBatch":
-        names = ("tokens", "labels", "input_pos", "loss_weights", "cu_seqlens")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        return replace(
+            self,
+            tokens=change(self.tokens),
+            labels=change(self.labels),
+            input_pos=change(self.input_pos),
+            loss_weights=change(self.loss_weights),
+            cu_seqlens=change(self.cu_seqlens),
+        )

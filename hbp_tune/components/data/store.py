@@ -104,6 +104,8 @@ def open_token_store(
     Raises:
         DataError: a row cannot be read as a training sample, or there is none.
     """
+    if not sum(len(source) for source in sources):
+        raise DataError("the data set is empty: it has no row; check data_files, split and filters")
     if is_builder and not path.exists():
         _build(sources, path, num_processes or len(os.sched_getaffinity(0)))
     while not path.exists():
@@ -150,8 +152,6 @@ def _content_fingerprint(table: datasets.Dataset) -> str:
 def _build(sources: Sequence[SampleSource], path: Path, num_processes: int) -> None:
     starts = np.concatenate(([0], np.cumsum([len(source) for source in sources])))
     num_rows = int(starts[-1])
-    if num_rows == 0:
-        raise DataError("the data set is empty: it has no row; check data_files, split and filters")
     # Written aside and renamed: a store that exists is complete. The name keeps builders on a shared disk apart.
     aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)

@@ -44,8 +44,9 @@ def adapt_decoder(model: nn.Module) -> DecoderParts:
             f"model {type(model).__name__} is not supported: hbp-tune trains torchtune.modules.TransformerDecoder "
             f"(the text models llama2 to llama3_3, qwen2, qwen2_5, mistral, phi3 ...)"
         )
-    for index, layer in enumerate(model.layers):
-        attention = getattr(layer, "attn", None)
+    decoder = cast(Any, model)  # torch's modules do not say what their attributes are
+    for index, layer in enumerate(decoder.layers):
+        attention: Any = getattr(layer, "attn", None)
         if not isinstance(layer, TransformerSelfAttentionLayer) or type(attention) is not MultiHeadAttention:
             raise ConfigError(
                 f"layer {index} of the model is a {type(layer).__name__} with {type(attention).__name__}; only "
@@ -53,18 +54,18 @@ def adapt_decoder(model: nn.Module) -> DecoderParts:
             )
         if attention.attn_dropout > 0:
             raise ConfigError(f"model.attn_dropout={attention.attn_dropout} must be 0: packed attention has no dropout")
-    attention = model.layers[0].attn
+    attention = decoder.layers[0].attn
     parts = DecoderParts(
-        layers=tuple(model.layers),
+        layers=tuple(decoder.layers),
         num_heads=attention.num_heads,
         num_kv_heads=attention.num_kv_heads,
-        max_seq_len=model.max_seq_len,
+        max_seq_len=decoder.max_seq_len,
     )
-    for layer in model.layers:
+    for layer in decoder.layers:
         replace_attention_call(layer.attn, _attend_inside_pack)
-    if not isinstance(model.output, TiedLinear):
-        model.output.__class__ = LossLinear
-    model.__class__ = LossDecoder
+    if not isinstance(decoder.output, TiedLinear):
+        decoder.output.__class__ = LossLinear
+    decoder.__class__ = LossDecoder
     return parts
 
 

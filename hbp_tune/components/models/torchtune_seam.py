@@ -1,7 +1,6 @@
 """The private names of torchtune that hbp-tune leans on, each with a probe; torchtune is no longer maintained."""
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 from torchtune.modules import MultiHeadAttention
@@ -28,5 +27,3 @@ def replace_attention_call(attention: MultiHeadAttention, call: AttentionCall) -
     # torchtune copies keys and values up to the query heads before the call. A module whose KV heads "equal" its query
     # heads skips the copy, bit for bit the same otherwise; the projections keep their own sizes.
     attention.num_kv_heads = attention.num_heads
-
-

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,15 +47,14 @@ def varlen_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, doc_lens: 
     """Attend over all documents in one call of torch's variable-length flash kernel (CUDA, bf16 or fp16)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, object] = {"window_size": (-1, 0)}  # causal
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     elif k.shape[1] != q.shape[1]:  # torch 2.11 has no such argument
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     longest = max(doc_lens)
-    output: Tensor = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
-    return output
+    return cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options))
 
 
 def select_attention(device: torch.device, compute_dtype: torch.dtype) -> Attention:

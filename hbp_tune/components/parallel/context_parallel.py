@@ -22,7 +22,15 @@ class ContextParallel(Protocol):
         ...
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mesh: DeviceMesh, attention: Attention, cu_seqlens: Tensor, doc_lens: Sequence[int]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mesh: DeviceMesh,
+        attention: Attention,
+        cu_seqlens: Tensor,
+        doc_lens: Sequence[int],
     ) -> Tensor:
         """Attend; arguments as in `Attention`, but ``q``, ``k`` and ``v`` are this rank's rows, contiguous in rank order.
 
@@ -59,7 +67,15 @@ class Ulysses:
                 )
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mesh: DeviceMesh, attention: Attention, cu_seqlens: Tensor, doc_lens: Sequence[int]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mesh: DeviceMesh,
+        attention: Attention,
+        cu_seqlens: Tensor,
+        doc_lens: Sequence[int],
     ) -> Tensor:
         """Attend over whole documents with this rank's share of the heads; see `ContextParallel`."""
         cp_degree = mesh.size()

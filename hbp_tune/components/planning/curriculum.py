@@ -14,9 +14,7 @@ from hbp_tune.components.planning.records import PackingGroup
 class Curriculum(Protocol):
     """Orders the steps of an epoch."""
 
-    def order(
-        self, step_groups: NDArray[np.int16], *, groups: Sequence[PackingGroup], first_step: int
-    ) -> NDArray[np.int64]:
+    def order(self, step_groups: NDArray[np.int16], *, groups: Sequence[PackingGroup], first_step: int) -> NDArray[np.int64]:
         """Give the order in which the epoch's steps are trained.
 
         Args:
@@ -33,9 +31,7 @@ class Curriculum(Protocol):
 class Interleave:
     """Alternates between groups, each spread evenly over the epoch in proportion to its number of steps."""
 
-    def order(
-        self, step_groups: NDArray[np.int16], *, groups: Sequence[PackingGroup], first_step: int
-    ) -> NDArray[np.int64]:
+    def order(self, step_groups: NDArray[np.int16], *, groups: Sequence[PackingGroup], first_step: int) -> NDArray[np.int64]:
         """Give the order in which the epoch's steps are trained; see `Curriculum`."""
         position = np.empty(len(step_groups))
         for group in np.unique(step_groups):
@@ -61,9 +57,7 @@ class ShortFirst:
         self.steps = steps
         self.max_pack_len = max_pack_len
 
-    def order(
-        self, step_groups: NDArray[np.int16], *, groups: Sequence[PackingGroup], first_step: int
-    ) -> NDArray[np.int64]:
+    def order(self, step_groups: NDArray[np.int16], *, groups: Sequence[PackingGroup], first_step: int) -> NDArray[np.int64]:
         """Give the order in which the epoch's steps are trained; see `Curriculum`.
 
         Raises:

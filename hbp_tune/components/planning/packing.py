@@ -5,7 +5,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 
-@njit(cache=True)
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def _first_fit(lengths: NDArray[np.int32], room: NDArray[np.int64], opened: int, capacity: int, place: NDArray[np.int64]) -> int:
     """Place each sample into the first pack with room for it; `room` is a tournament tree whose leaves are the packs."""
     leaves = len(room) // 2

@@ -69,11 +69,9 @@ class BalancePlanner:
             first_step: optimizer steps of the run before this epoch.
 
         Returns:
-            A plan that holds every sample exactly once, but for those in ``dropped``.
-
-        Raises:
-            ConfigError: groups that do not fit together or the world size.
-            PackingError: no sample, a length below 1, an overlong sample under ``overlong=error``, or a step without target.
+            A plan that holds every sample exactly once, but for those in ``dropped``. Groups that do not fit together or
+            the world size are a `ConfigError`; no sample, a length below 1, an overlong sample under ``overlong=error``
+            and a step without target are a `PackingError`.
         """
         check_groups(groups, world_size)
         overlong_ids = check_lengths(lengths, self.overlong, groups)

@@ -1,6 +1,7 @@
 """The two records that every room reads: `PackingGroup` and `EpochPlan`."""
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ def check_groups(groups: Sequence[PackingGroup], world_size: int) -> None:
     names = [group.name for group in groups]
     if len(set(names)) < len(names):
         raise ConfigError(f"groups {names} must have different names")
-    for shorter, longer in zip(groups[:-1], groups[1:], strict=True):
+    for shorter, longer in itertools.pairwise(groups):
         if shorter.pack_len >= longer.pack_len:
             raise ConfigError(
                 f"group {longer.name!r} has pack_len={longer.pack_len}, not more than {shorter.pack_len} of "

@@ -1,5 +1,6 @@
 """The data and the plan as tables on a terminal."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,29 +32,32 @@ def print_plan(
         console: where to print; the standard output by default.
     """
     console = console or Console()
-    console.print(_lengths_table(lengths))
-    console.print(_groups_table(plan, tokens_per_step))
-    console.print(_metrics_table([("HBP (this plan)", measure(plan)), ("naive, one length", measure(naive))]))
+    for table, note in (
+        _lengths_table(lengths),
+        _groups_table(plan, tokens_per_step),
+        _metrics_table([("HBP (this plan)", measure(plan)), ("naive, one length", measure(naive))]),
+    ):
+        console.print(table)
+        console.print(f"  {note}\n", highlight=False)
 
 
-def _lengths_table(lengths: NDArray[np.int32]) -> Table:
+def _lengths_table(lengths: NDArray[np.int32]) -> tuple[Table, str]:
     table = Table(title=f"Data: {len(lengths):,} samples, {int(lengths.sum(dtype=np.int64)):,} tokens")
     for name in ("length", "samples", "share of tokens"):
         table.add_column(name, justify="left" if name == "share of tokens" else "right")
     borders = [0, *(2**power for power in range(7, 41) if 2**power < lengths.max()), int(lengths.max())]
     total = lengths.sum(dtype=np.int64)
-    for low, high in zip(borders[:-1], borders[1:], strict=True):
+    for low, high in itertools.pairwise(borders):
         inside = lengths[(lengths > low) & (lengths <= high)]
         share = inside.sum(dtype=np.int64) / total
         table.add_row(f"to {high:,}", f"{len(inside):,}", f"{'█' * round(share * _BAR_WIDTH):<{_BAR_WIDTH}} {share:.3f}")
     quantiles = np.quantile(lengths, (0.0, 0.5, 0.9, 0.99, 1.0), method="lower")
-    table.caption = "min {:,}  median {:,}  p90 {:,}  p99 {:,}  max {:,} tokens".format(*quantiles)
-    return table
+    return table, "min {:,}  median {:,}  p90 {:,}  p99 {:,}  max {:,} tokens".format(*quantiles)
 
 
-def _groups_table(plan: EpochPlan, tokens_per_step: NDArray[np.int64]) -> Table:
+def _groups_table(plan: EpochPlan, tokens_per_step: NDArray[np.int64]) -> tuple[Table, str]:
     table = Table(title=f"Plan: {plan.num_steps:,} optimizer steps an epoch on {plan.world_size} ranks")
-    for name in ("group", "pack length", "CP degree", "AC layers", "samples", "packs", "steps", "micro-steps/step", "tokens/step"):
+    for name in ("group", "length", "CP", "AC", "samples", "packs", "steps", "micro", "tokens/step"):
         table.add_column(name, justify="left" if name == "group" else "right")
     docs_per_pack = np.diff(plan.pack_offsets)
     for index, group in enumerate(plan.groups):
@@ -72,16 +76,18 @@ def _groups_table(plan: EpochPlan, tokens_per_step: NDArray[np.int64]) -> Table:
             f"{int(tokens_per_step[steps].mean()):,}" if len(steps) else "-",
         )
     left_out = [f"{len(ids):,} {what}" for what, ids in (("dropped", plan.dropped), ("truncated", plan.truncated)) if len(ids)]
-    table.caption = f"{len(plan.sample_ids):,} samples placed, each once" + "".join(f", {part}" for part in left_out)
-    return table
+    placed = ", ".join([f"{len(plan.sample_ids):,} samples placed, each once", *left_out])
+    return table, f"{placed}\n  CP: ranks that share a pack  AC: recomputed layers  micro: micro-steps of a step"
 
 
-def _metrics_table(rows: Sequence[tuple[str, PlanMetrics]]) -> Table:
+def _metrics_table(rows: Sequence[tuple[str, PlanMetrics]]) -> tuple[Table, str]:
     table = Table(title="Balance (0 is perfect, but for Ave-T)")
     for name in ("packing", "DBR", "PR", "ABR", "CR", "Ave-T"):
         table.add_column(name, justify="left" if name == "packing" else "right")
     for name, metrics in rows:
         ratios = (metrics.dbr, metrics.pr, metrics.abr, metrics.cr)
         table.add_row(name, *(f"{ratio:.4f}" for ratio in ratios), f"{metrics.ave_t:,.0f}")
-    table.caption = "DBR, ABR: idle share by tokens, by attention  PR: padding  CR: tokens that pay CP  Ave-T: tokens/rank"
-    return table
+    return (
+        table,
+        "DBR, ABR: share of idle time by tokens, by attention  PR: padding\n  CR: tokens that pay CP  Ave-T: tokens per rank",
+    )

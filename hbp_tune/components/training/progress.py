@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -84,7 +85,7 @@ class ProgressSaver:
             aside.mkdir(parents=True)
         dist.barrier()
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(aside / "weights"))
+        save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(aside / "weights"))
         torch.save(_random_state(), aside / f"random_{dist.get_rank()}.pt")
         if is_rank_zero:
             torch.save(lr_scheduler.state_dict() if lr_scheduler else None, aside / "lr_scheduler.pt")
@@ -122,7 +123,7 @@ class ProgressSaver:
         """Load what was saved at ``position`` in place, on every rank."""
         folder = self._directory / f"step_{position.global_step}"
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(folder / "weights"))
+        load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(folder / "weights"))
         set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
         _set_random_state(torch.load(folder / f"random_{dist.get_rank()}.pt", weights_only=True))
         if lr_scheduler is not None and (state := torch.load(folder / "lr_scheduler.pt", weights_only=True)):
@@ -147,9 +148,7 @@ class ProgressSaver:
         }
         for name, current in _plain(self._identity).items():
             if saved[name] != current:
-                raise ResumeError(
-                    f"cannot resume from {folder}: {name} was {saved[name]} and is now {current}; {ways_out[name]}"
-                )
+                raise ResumeError(f"cannot resume from {folder}: {name} was {saved[name]} and is now {current}; {ways_out[name]}")
 
 
 def check_plan_hash(position: Position, plan_hash: str) -> None:

@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hbp_tune.components import (
+    AveTokenLoss,
+    BalancePlanner,
+    EpochPlan,
+    HierarchicalPackedDataset,
+    PackBatch,
+    PackingGroup,
+    TokenStore,
+    open_token_store,
+    pack_loader,
+)
+from tests.helpers import RandomTokens, mixed_lengths
+
+GROUPS = (PackingGroup(name="short", pack_len=256), PackingGroup(name="long", pack_len=1024, cp_degree=2))
+Everything = tuple[RandomTokens, TokenStore, EpochPlan, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
+    source = RandomTokens(mixed_lengths(80, 1024, seed=6), 100, seed=2)
+    store = open_token_store([source], tmp_path_factory.mktemp("data") / "store", is_builder=True)
+    num_targets = store.num_targets_within(1024)
+    plan = BalancePlanner(tokens_per_step=2048).plan(store.lengths, num_targets, GROUPS, world_size=2, seed=0)
+    return source, store, plan, AveTokenLoss().document_weights(plan, num_targets)
+
+
+def whole_pack(everything: Everything, index: int) -> PackBatch:
+    """Join the rows of all the ranks of a pack."""
+    _, store, plan, weights = everything
+    ranks = range(plan.pack_first_rank[index], plan.pack_first_rank[index] + plan.cp_degrees[index])
+    parts = [HierarchicalPackedDataset(store, plan, weights, rank)[index] for rank in ranks]
+    assert len({part.tokens.shape for part in parts}) == 1, "ranks of a pack hold equally many rows"
+    assert all(torch.equal(part.cu_seqlens, parts[0].cu_seqlens) for part in parts)
+    names = ("tokens", "labels", "input_pos", "loss_weights")
+    joined = {name: torch.cat([getattr(part, name) for part in parts], dim=1)[0] for name in names}
+    return type("Joined", (), {**joined, "cu_seqlens": parts[0].cu_seqlens, "doc_lens": parts[0].doc_lens})  # type: ignore[return-value]
+
+
+def test_documents_keep_tokens_positions_and_labels_to_themselves(everything: Everything) -> None:
+    source, _, plan, _ = everything
+    for index in range(plan.num_packs):
+        pack = whole_pack(everything, index)
+        ids = plan.pack(index, int(plan.pack_first_rank[index])).sample_ids
+        for doc, sample_id in enumerate(ids):
+            rows = slice(int(pack.cu_seqlens[doc]), int(pack.cu_seqlens[doc + 1]))
+            sample = source[int(sample_id)]
+            assert pack.tokens[rows].tolist() == sample["tokens"]
+            assert pack.input_pos[rows].tolist() == list(range(len(sample["tokens"])))
+            assert pack.labels[rows].tolist() == [*sample["labels"][1:], -100]
+        padding = slice(int(pack.cu_seqlens[len(ids)]), None)
+        assert (pack.labels[padding] == -100).all()
+        assert int(pack.cu_seqlens[-1]) == len(pack.tokens) == sum(pack.doc_lens)
+        assert np.diff(pack.cu_seqlens).tolist() == list(pack.doc_lens)
+        assert len(pack.tokens) % 128 == 0
+
+
+def test_weights_sum_to_one_in_every_step_and_stand_on_targets_only(everything: Everything) -> None:
+    _, _, plan, _ = everything
+    total = np.zeros(plan.num_steps)
+    for index in range(plan.num_packs):
+        pack = whole_pack(everything, index)
+        assert torch.equal(pack.loss_weights > 0, pack.labels != -100)
+        total[plan.pack_step[index]] += float(pack.loss_weights.double().sum())
+    np.testing.assert_allclose(total, 1.0, atol=1e-5)
+
+
+def test_an_empty_pack_is_one_unit_of_padding(tmp_path: Path) -> None:
+    source = RandomTokens([9], 100, seed=2)
+    store = open_token_store([source], tmp_path / "store", is_builder=True)
+    plan = BalancePlanner().plan(store.lengths, store.num_targets_within(256), GROUPS, world_size=2, seed=0)
+    weights = np.ones(1)
+    batches = [HierarchicalPackedDataset(store, plan, weights, rank)[int(plan.indices_for_rank(rank)[0])] for rank in (0, 1)]
+    empty = next(batch for batch in batches if batch.num_tokens == 0)
+    assert empty.doc_lens == (128,)
+    assert empty.tokens.shape == (1, 128)
+    assert (empty.labels == -100).all()
+    assert empty.is_last_micro_step
+
+
+def test_a_truncated_sample_predicts_nothing_past_its_cut(tmp_path: Path) -> None:
+    source = RandomTokens([300, 20], 100, seed=2)
+    store = open_token_store([source], tmp_path / "store", is_builder=True)
+    plan = BalancePlanner(overlong="truncate").plan(
+        store.lengths, store.num_targets_within(256), GROUPS[:1], world_size=1, seed=0
+    )
+    assert plan.truncated.tolist() == [0]
+    index = next(i for i in plan.indices_for_rank(0) if 0 in plan.pack(int(i), 0).sample_ids)
+    batch = HierarchicalPackedDataset(store, plan, np.ones(2), 0)[int(index)]
+    sample = source[0]
+    assert batch.tokens[0, :256].tolist() == sample["tokens"][:256]
+    assert batch.labels[0, :256].tolist() == [*sample["labels"][1:256], -100]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_gives_the_planned_packs_in_order(everything: Everything, num_workers: int) -> None:
+    _, store, plan, weights = everything
+    dataset = HierarchicalPackedDataset(store, plan, weights, rank=1)
+    before = torch.get_rng_state()
+    batches = list(pack_loader(dataset, plan.indices_for_rank(1, first_step=1, last_step=4), num_workers))
+    assert torch.equal(torch.get_rng_state(), before), "loading must not draw from the global generator"
+    planned = [pack for pack in plan.for_rank(1) if 1 <= pack.step < 4]
+    assert [(b.step, b.is_last_micro_step, b.group) for b in batches] == [
+        (p.step, p.is_last_micro_step, p.group) for p in planned
+    ]
+    assert [b.num_tokens for b in batches] == [int(p.lengths.sum()) for p in planned]

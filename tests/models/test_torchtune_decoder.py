@@ -1,0 +1,62 @@
+import pytest
+import torch
+from torchtune.models.gemma2 import gemma2
+from torchtune.models.llama3_1 import llama3_1, llama3_1_8b
+from torchtune.models.llama3_2 import llama3_2_1b
+from torchtune.models.qwen2 import qwen2
+
+from hbp_tune.components import ConfigError, adapt_decoder
+from hbp_tune.components.models import torchtune_seam
+from hbp_tune.components.models.torchtune_decoder import separate_units
+from hbp_tune.demo.model import build
+from tests.helpers import SHAPE
+
+TINY = {"vocab_size": 32, "num_layers": 2, "num_heads": 4, "embed_dim": 16, "max_seq_len": 64, "intermediate_dim": 32}
+
+
+def test_parts_and_untouched_names() -> None:
+    model = build(SHAPE)
+    names = list(model.state_dict())
+    parts = adapt_decoder(model)
+    assert (len(parts.layers), parts.num_heads, parts.num_kv_heads, parts.max_seq_len) == (3, 4, 2, 2048)
+    assert list(model.state_dict()) == names
+
+
+def test_real_models_on_the_meta_device() -> None:
+    for builder, heads, kv_heads in ((llama3_1_8b, 32, 8), (llama3_2_1b, 32, 8)):
+        with torch.device("meta"):
+            parts = adapt_decoder(builder())
+        assert (parts.num_heads, parts.num_kv_heads) == (heads, kv_heads)
+
+
+def test_a_model_that_cannot_attend_inside_packs_is_refused() -> None:
+    with torch.device("meta"):
+        gemma = gemma2(**TINY, head_dim=4, num_kv_heads=2)
+    with pytest.raises(ConfigError, match=r"(model Gemma2|layer 0 of the model|model \w+ is not supported)"):
+        adapt_decoder(gemma)
+    with pytest.raises(ConfigError, match=r"model Linear is not supported: hbp-tune trains torchtune.modules.TransformerDecoder"):
+        adapt_decoder(torch.nn.Linear(2, 2))
+
+
+def test_dropout_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.attn_dropout=0.5 must be 0"):
+        adapt_decoder(llama3_1(**TINY, num_kv_heads=2, attn_dropout=0.5))
+
+
+def test_another_torchtune_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama3_1(**TINY, num_kv_heads=2)
+    attention = model.layers[0].attn
+    del attention._attention_call
+    with pytest.raises(ConfigError, match=r"no _attention_call to replace; install one of 0.6.1"):
+        torchtune_seam.replace_attention_call(attention, print)
+
+
+def test_separate_units() -> None:
+    untied = llama3_1(**TINY, num_kv_heads=2)
+    assert separate_units(untied, ["tok_embeddings", "output"]) == [untied.tok_embeddings, untied.output]
+    with pytest.raises(
+        ConfigError, match=r"custom_sharded_layers: the model has no 'head'; it has tok_embeddings, layers, norm, output"
+    ):
+        separate_units(untied, ["head"])
+    tied = qwen2(**TINY, num_kv_heads=2, tie_word_embeddings=True)
+    assert separate_units(tied, ["tok_embeddings", "output"]) == []

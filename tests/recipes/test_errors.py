@@ -1,0 +1,82 @@
+"""What a user can get wrong, and what the recipe says before any weight is loaded."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.helpers import recipe_config, run_recipe_job
+from tests.ranks import RankError, RankPool
+
+SHORT, LONG = {"name": "short", "pack_len": 128}, {"name": "long", "pack_len": 512, "cp_degree": 2}
+ERRORS: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "world size",
+        {"groups": [SHORT, {**LONG, "pack_len": 504, "cp_degree": 3}]},
+        r"world size 2 is not a multiple of cp_degree=3 of group 'long'; start a multiple of 3 ranks",
+    ),
+    (
+        "pack_len",
+        {"groups": [{**SHORT, "pack_len": 126, "cp_degree": 2}]},
+        r"pack_len=126 must be a multiple of 2 \* cp_degree=4",
+    ),
+    (
+        "unknown group key",
+        {"groups": [{**SHORT, "ac_layer": 2}]},
+        r"config key 'groups' .*unexpected keyword argument 'ac_layer'",
+    ),
+    ("ac_layers", {"groups": [{**SHORT, "pack_len": 512, "ac_layers": 4}]}, r"ac_layers=4 is more than the model's 3 layers"),
+    (
+        "overlong",
+        {"dataset.lengths": [10, 600, 20]},
+        r"sample 1 has 600 tokens, group 'long' holds 512.*planner.overlong=drop",
+    ),
+    (
+        "positions",
+        {"groups": [SHORT, {**LONG, "pack_len": 4096}], "dataset.lengths": [10, 3000]},
+        r"3000 tokens, the model encodes 2048",
+    ),
+    ("empty", {"dataset.lengths": []}, r"the data set is empty: it has no row"),
+    ("no target", {"dataset.lengths": [1, 1]}, r"step 0 has no target: none of its samples \[\d, \d\]"),
+    ("accumulation", {"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps=4.*planner.tokens_per_step"),
+    (
+        "component",
+        {"planner._component_": "hbp_tune.components.Planner"},
+        r"config key 'planner' .*Are you sure that 'Planner' is importable",
+    ),
+    ("fp16", {"dtype": "fp16"}, r"must be bf16 or fp32"),
+    ("cpu offload", {"fsdp_cpu_offload": True}, r"fsdp_cpu_offload=True needs device=cuda"),
+    ("dropout", {"model.attn_dropout": 0.1}, r"model.attn_dropout=0.1 must be 0"),
+    ("sharded layers", {"custom_sharded_layers": ["embeddings"]}, r"the model has no 'embeddings'; it has tok_embeddings"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [error[1:] for error in ERRORS], ids=[error[0] for error in ERRORS])
+def test_recipe_says_what_is_wrong(
+    ranks: Callable[[int], RankPool], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    cfg = recipe_config(tmp_path, [10, 100, 500], change.get("groups", [SHORT, LONG]))
+    for key, value in change.items():
+        if key != "groups":
+            OmegaConf.update(cfg, key, value)
+    with pytest.raises(RankError, match=rf"rank 0: \w+Error: .*{message}"):
+        ranks(2).run(run_recipe_job, cfg)
+
+
+def test_heads_that_cp_cannot_split(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    cfg = recipe_config(tmp_path, [10, 100], [{"name": "all", "pack_len": 512, "cp_degree": 4}])
+    cfg.model |= {"num_heads": 2, "num_kv_heads": 2}
+    with pytest.raises(RankError, match=r"cp_degree=4 does not divide the model's 2 query heads.*degrees that work: 1, 2"):
+        ranks(4).run(run_recipe_job, cfg)
+
+
+def test_dropped_and_truncated_samples_are_listed(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    for overlong in ("drop", "truncate"):
+        cfg = recipe_config(tmp_path, [10, 600, 100, 700], [SHORT, LONG])
+        cfg.planner.overlong = overlong
+        steps = ranks(2).run(run_recipe_job, cfg)[0]
+        assert sum(step["num_tokens"] for step in steps) == {"drop": 110, "truncate": 110 + 2 * 512}[overlong]
+        rows = (tmp_path / "out/overlong.csv").read_text().split()
+        assert rows == ["sample_id,dataset,row,num_tokens", "1,0,1,600", "3,0,3,700"]
