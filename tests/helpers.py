@@ -185,7 +185,7 @@ def train_reference(
             num_targets += targets
         loss = torch.stack(losses).sum() / num_targets
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=float("inf"))
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=float(cfg.get("clip_grad_norm") or "inf"))
         optimizer.step()
         optimizer.zero_grad()
         steps.append({"loss": loss.item(), "grad_norm": norm.item()})

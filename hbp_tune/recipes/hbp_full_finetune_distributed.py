@@ -82,6 +82,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     def __init__(self, cfg: DictConfig) -> None:
         check_config(cfg)
+        self._data_files = local_files(cfg)
         self._device = utils.get_device(device=cfg.device)
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)
         self._compute_dtype = training.get_dtype(cfg.get("compute_dtype") or cfg.dtype, device=self._device)
@@ -184,9 +185,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         Raises:
             ConfigError: a document is longer than the positions that the model encodes.
         """
-        files = local_files(cfg)
         nodes = list(cfg.dataset) if OmegaConf.is_list(cfg.dataset) else [cfg.dataset]
-        key = store_key([OmegaConf.to_container(cfg[name], resolve=True) for name in ("dataset", "tokenizer")], files)
+        key = store_key([OmegaConf.to_container(cfg[name], resolve=True) for name in ("dataset", "tokenizer")], self._data_files)
         path = Path(cfg.get("token_store_dir") or default_store_directory()) / key
         sources = [build(f"dataset[{index}]", node, self._tokenizer) for index, node in enumerate(nodes)]
         store = open_token_store(sources, path, is_builder=dist.get_node_local_rank(fallback_rank=self.rank) == 0)

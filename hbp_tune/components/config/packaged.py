@@ -1,6 +1,8 @@
 """Packaged configurations by name, and the way into a recipe."""
 
+import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,16 +45,42 @@ def find_config(name: str) -> Path:
     return path
 
 
+def merge_list_overrides(arguments: list[str], path: Path) -> list[str]:
+    """Turn overrides of single list items into one override of each list.
+
+    Args:
+        arguments: of the command line.
+        path: of the configuration that they override.
+
+    Raises:
+        ConfigError: the configuration has no such list or item.
+    """
+    cfg: Any = OmegaConf.load(path)
+    others, lists = [], []
+    for argument in arguments:
+        if not (match := re.fullmatch(r"(\w+)\.(\d+)((?:\.\w+)*)=(.*)", argument, re.DOTALL)):
+            others.append(argument)
+            continue
+        key, index, rest, value = match.groups()
+        if not OmegaConf.is_list(cfg.get(key)) or int(index) >= len(cfg[key]):
+            raise ConfigError(f"{argument}: {path} has no list {key!r} with an item {index}; items count from 0")
+        OmegaConf.update(cfg, f"{key}[{index}]{rest}", yaml.safe_load(value))
+        lists.append(key)
+    return [*others, *(f"{key}={json.dumps(OmegaConf.to_container(cfg[key]))}" for key in dict.fromkeys(lists))]
+
+
 def run_recipe(recipe_main: Callable[[], Any]) -> None:
     """Run a recipe's ``@config.parse``d main from the command line.
 
-    torchtune parses a file's path only, so a packaged name is replaced by its path first. What the user can mend ends
-    in one line, from rank 0, rather than in one traceback per rank.
+    torchtune parses a file's path only, so a packaged name is replaced by its path first; and it cannot override one
+    item of a list (``groups.1.cp_degree=4``), so that becomes an override of the whole list. What the user can mend
+    ends in one line, from rank 0, rather than in one traceback per rank.
     """
     try:
-        for index, argument in enumerate(sys.argv[:-1]):
-            if argument == "--config":
-                sys.argv[index + 1] = str(find_config(sys.argv[index + 1]))
+        if "--config" in sys.argv[:-1]:
+            name = sys.argv.index("--config") + 1
+            path = find_config(sys.argv[name])
+            sys.argv = merge_list_overrides([*sys.argv[:name], str(path), *sys.argv[name + 1 :]], path)
         recipe_main()
     except HbpError as error:
         if os.environ.get("RANK", "0") == "0":
