@@ -24,7 +24,7 @@ from hbp_tune.components.planning.curriculum import Interleave as Interleave
 from hbp_tune.components.planning.curriculum import ShortFirst as ShortFirst
 from hbp_tune.components.planning.errors import ConfigError as ConfigError
 from hbp_tune.components.planning.planner import BalancePlanner as BalancePlanner
-from hbp_tune.components.planning.planner import naive_plan as naive_plan
+from hbp_tune.components.planning.planner import compare_with_naive as compare_with_naive
 from hbp_tune.components.planning.records import EpochPlan as EpochPlan
 from hbp_tune.components.planning.records import PackingGroup as PackingGroup
 from hbp_tune.components.planning.records import check_groups as check_groups

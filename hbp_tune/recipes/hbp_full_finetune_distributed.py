@@ -45,11 +45,11 @@ from hbp_tune.components import (
     check_config,
     check_groups,
     check_plan_hash,
+    compare_with_naive,
     default_store_directory,
     is_stock_loss,
     local_files,
     make_checkpointable,
-    naive_plan,
     open_token_store,
     pack_loader,
     print_plan,
@@ -238,15 +238,11 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         return plan
 
     def _show_plan(self, plan: EpochPlan) -> None:
-        naive = naive_plan(
-            self._store.lengths,
-            self._num_targets,
-            self._groups,
-            planner=self._planner,
-            world_size=self.world_size,
-            seed=self.seed,
+        store, counts = self._store, self._num_targets
+        compared = compare_with_naive(
+            self._planner, store.lengths, counts, self._groups, world_size=self.world_size, seed=self.seed
         )
-        print_plan(plan, naive, self._store.lengths, tokens_per_step=tokens_per_step(plan))
+        print_plan(plan, store.lengths, tokens_per_step=tokens_per_step(plan), compared=compared)
         if line := report_overlong(plan, self._store.lengths, self._store.sources, self._output_dir):
             log.warning(line)
 
@@ -348,6 +344,9 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             self.epoch_step = 0
         self._profiler.stop()
         pbar.close()
+        utils.log_rank_zero(
+            log, f"Finished step {self.global_step} of {total_steps}; checkpoints are in {self._output_dir.resolve()}"
+        )
 
     def _log(self, metrics: dict[str, Any], group: str, pbar: tqdm) -> None:
         pbar.update(1)
@@ -389,8 +388,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 @config.parse  # type: ignore[untyped-decorator]
 def recipe_main(cfg: DictConfig) -> None:
     """Fine-tune by the settings in ``cfg``: the YAML file's, overwritten by ``key=value`` from the command line."""
-    config.log_config(recipe_name="HBPFullFinetuneRecipeDistributed", cfg=cfg)
     recipe = HBPFullFinetuneRecipeDistributed(cfg=cfg)
+    config.log_config(recipe_name="HBPFullFinetuneRecipeDistributed", cfg=cfg)  # after init, so that only rank 0 prints
     recipe.setup(cfg=cfg)
     recipe.train()
     recipe.cleanup()

@@ -1,9 +1,11 @@
 """Packaged configurations by name, and the way into a recipe."""
 
 import json
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,13 @@ def merge_list_overrides(arguments: list[str], path: Path) -> list[str]:
     return [*others, *(f"{key}={json.dumps(OmegaConf.to_container(cfg[key]))}" for key in dict.fromkeys(lists))]
 
 
+def _silence_known_noise() -> None:
+    """Keep back what libraries say at every start, on every rank, and no user can act on."""
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 under torch 2.13
+    # DTensor on gloo exchanges shards by all-gather; only CPU runs see this.
+    logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
+
+
 def run_recipe(recipe_main: Callable[[], Any]) -> None:
     """Run a recipe's ``@config.parse``d main from the command line.
 
@@ -76,6 +85,7 @@ def run_recipe(recipe_main: Callable[[], Any]) -> None:
     item of a list (``groups.1.cp_degree=4``), so that becomes an override of the whole list. What the user can mend
     ends in one line, from rank 0, rather than in one traceback per rank.
     """
+    _silence_known_noise()
     try:
         if "--config" in sys.argv[:-1]:
             name = sys.argv.index("--config") + 1

@@ -118,7 +118,7 @@ def local_files(cfg: Mapping[str, Any]) -> list[Path]:
     """Find the local files that decide the content of the data: data files, and those of the tokenizer.
 
     Raises:
-        ConfigError: a local data file does not exist.
+        ConfigError: a local data file does not exist or is empty.
     """
     files: list[Path] = []
     for index, dataset in enumerate(_datasets(cfg)):
@@ -129,6 +129,8 @@ def local_files(cfg: Mapping[str, Any]) -> list[Path]:
             if not found and dataset.get("source") in ("json", "csv", "parquet", "arrow", "text"):
                 hint = "; `python -m hbp_tune.demo` makes the demo's data" if "hbp_demo" in name else ""
                 raise ConfigError(f"dataset {index}: data file {name} does not exist (looked from {Path.cwd()}){hint}")
+            if found and not any(path.stat().st_size for path in found):
+                raise ConfigError(f"dataset {index}: the data set is empty: data file {name} holds no row")
             files += found
     files += [Path(name) for name in _strings(cfg["tokenizer"]) if Path(name).is_file()]
     return files

@@ -154,18 +154,32 @@ class BalancePlanner:
         return steps
 
 
-def naive_plan(
+def compare_with_naive(
+    planner: BalancePlanner,
     lengths: NDArray[np.int32],
     num_targets: NDArray[np.int32],
     groups: Sequence[PackingGroup],
     *,
-    planner: BalancePlanner,
     world_size: int,
     seed: int,
-) -> EpochPlan:
-    """Plan one-length packing of the same data, to compare with: every sample in the longest group, no balancing."""
-    one_length = BalancePlanner(planner.tokens_per_step, planner.overlong, fill=False, balance=False)
-    return one_length.plan(lengths, num_targets, groups[-1:], world_size=world_size, seed=seed)
+) -> dict[str, EpochPlan]:
+    """Plan the same data by ``planner`` and by naive packing: every sample in the longest group, no balancing.
+
+    Where one long pack takes all ranks there is a single replica, which is balanced by definition; so the comparison on
+    four times as many ranks stands beside it.
+
+    Returns:
+        Plans by a name for people.
+    """
+    naive = BalancePlanner(planner.tokens_per_step, planner.overlong, fill=False, balance=False)
+    plans = {}
+    for ranks in (world_size,) if world_size > groups[-1].cp_degree else (world_size, 4 * world_size):
+        where = "" if ranks == world_size else f" on {ranks} ranks"
+        for name, by, of in ((f"HBP{where}", planner, groups), (f"one length{where}", naive, groups[-1:])):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said once, about the plan that is trained
+                plans[name] = by.plan(lengths, num_targets, of, world_size=ranks, seed=seed)
+    return plans
 
 
 def _assemble(

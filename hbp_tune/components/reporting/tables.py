@@ -1,7 +1,7 @@
 """The data and the plan as tables on a terminal."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,26 +16,26 @@ _BAR_WIDTH = 24
 
 def print_plan(
     plan: EpochPlan,
-    naive: EpochPlan,
     lengths: NDArray[np.int32],
     *,
     tokens_per_step: NDArray[np.int64],
+    compared: Mapping[str, EpochPlan],
     console: Console | None = None,
 ) -> None:
-    """Print what the data look like, the plan by group, and its metrics beside one-length packing of the same data.
+    """Print what the data look like, the plan by group, and metrics beside one-length packing of the same data.
 
     Args:
         plan: of the first epoch.
-        naive: one-length packing of the same samples.
         lengths: ``int32[num_samples]``, of all samples, overlong ones included.
         tokens_per_step: ``int64[num_steps]`` of ``plan``.
+        compared: plans of the same samples by name, from `compare_with_naive`.
         console: where to print; the standard output by default.
     """
     console = console or Console()
     for table, note in (
         _lengths_table(lengths),
         _groups_table(plan, tokens_per_step),
-        _metrics_table([("HBP (this plan)", measure(plan)), ("naive, one length", measure(naive))]),
+        _metrics_table({name: measure(other) for name, other in compared.items()}),
     ):
         console.print(table)
         console.print(f"  {note}\n", highlight=False)
@@ -80,11 +80,11 @@ def _groups_table(plan: EpochPlan, tokens_per_step: NDArray[np.int64]) -> tuple[
     return table, f"{placed}\n  CP: ranks that share a pack  AC: recomputed layers  micro: micro-steps of a step"
 
 
-def _metrics_table(rows: Sequence[tuple[str, PlanMetrics]]) -> tuple[Table, str]:
+def _metrics_table(rows: Mapping[str, PlanMetrics]) -> tuple[Table, str]:
     table = Table(title="Balance (0 is perfect, but for Ave-T)")
     for name in ("packing", "DBR", "PR", "ABR", "CR", "Ave-T"):
         table.add_column(name, justify="left" if name == "packing" else "right")
-    for name, metrics in rows:
+    for name, metrics in rows.items():
         ratios = (metrics.dbr, metrics.pr, metrics.abr, metrics.cr)
         table.add_row(name, *(f"{ratio:.4f}" for ratio in ratios), f"{metrics.ave_t:,.0f}")
     return (
