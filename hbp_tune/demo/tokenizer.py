@@ -61,7 +61,8 @@ def train_ranks(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> list[byte
         DemoError: the vocabulary is too small for the bytes, or the texts are too few for the vocabulary.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    from torchtune.models.llama3._tokenizer import CL100K_PATTERN  # seen in torchtune 0.6.1
+
+    from hbp_tune.components.models.torchtune_seam import CL100K_PATTERN
 
     num_ranks = vocab_size - len(SPECIAL_TOKENS)
     if num_ranks < 256:
@@ -129,7 +130,8 @@ class ChatCounter:
 
     def __init__(self, ranks: Sequence[bytes]) -> None:
         from tiktoken import Encoding
-        from torchtune.models.llama3._tokenizer import CL100K_PATTERN
+
+        from hbp_tune.components.models.torchtune_seam import CL100K_PATTERN
 
         mergeable_ranks = {token: rank for rank, token in enumerate(ranks)}
         encoding = Encoding("hbp_demo", pat_str=CL100K_PATTERN, mergeable_ranks=mergeable_ranks, special_tokens={})

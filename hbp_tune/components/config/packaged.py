@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from hbp_tune.components.planning.errors import ConfigError, HbpError
 
@@ -40,7 +41,7 @@ def find_config(name: str) -> Path:
         path = packaged[name]
     try:
         is_mapping = OmegaConf.is_dict(OmegaConf.load(path))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:  # omegaconf raises OSError for a bare number
         raise ConfigError(f"--config {path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not is_mapping:
         raise ConfigError(f"--config {path} must hold a mapping of keys to values")
@@ -66,7 +67,7 @@ def merge_list_overrides(arguments: list[str], path: Path) -> list[str]:
         key, index, rest, value = match.groups()
         if not OmegaConf.is_list(cfg.get(key)) or int(index) >= len(cfg[key]):
             raise ConfigError(f"{argument}: {path} has no list {key!r} with an item {index}; items count from 0")
-        OmegaConf.update(cfg, f"{key}[{index}]{rest}", yaml.safe_load(value))
+        OmegaConf.update(cfg, f"{key}[{index}]{rest}", OmegaConf.from_dotlist([f"value={value}"]).value)
         lists.append(key)
     return [*others, *(f"{key}={json.dumps(OmegaConf.to_container(cfg[key]))}" for key in dict.fromkeys(lists))]
 
@@ -86,14 +87,16 @@ def run_recipe(recipe_main: Callable[[], Any]) -> None:
     ends in one line, from rank 0, rather than in one traceback per rank.
     """
     _silence_known_noise()
+    # tiktoken keeps a copy of every tokenizer file by its path, and would go on with the copy when the file has changed.
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")
     try:
         if "--config" in sys.argv[:-1]:
             name = sys.argv.index("--config") + 1
             path = find_config(sys.argv[name])
             sys.argv = merge_list_overrides([*sys.argv[:name], str(path), *sys.argv[name + 1 :]], path)
         recipe_main()
-    except HbpError as error:
+    except (HbpError, InterpolationResolutionError) as error:
         if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"\nerror: {error}\n")
+            sys.stderr.write(f"\nerror: {' '.join(str(error).split())}\n")
             sys.stderr.flush()
         sys.exit(1)

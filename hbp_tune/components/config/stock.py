@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     known = _CARRIED | _OURS | _REPLACED.keys()
     for key in cfg:
         # Keys of the user's own, for interpolation, are fine; a near miss of a known key is a mistake.
-        if key not in known and (meant := difflib.get_close_matches(key, known, n=1, cutoff=0.8)):
+        if key not in known and (meant := difflib.get_close_matches(key, known, n=1, cutoff=0.85)):
             raise ConfigError(f"unknown key {key!r}: did you mean {meant[0]!r}? Rename it if it is a value of your own")
     for key in ("output_dir", "tokenizer", "dataset", "model", "checkpointer", "optimizer", "device", "dtype", "epochs"):
         if cfg.get(key) is None:
@@ -132,7 +133,8 @@ def local_files(cfg: Mapping[str, Any]) -> list[Path]:
             if found and not any(path.stat().st_size for path in found):
                 raise ConfigError(f"dataset {index}: the data set is empty: data file {name} holds no row")
             files += found
-    files += [Path(name) for name in _strings(cfg["tokenizer"]) if Path(name).is_file()]
+    # A tokenizer's arguments may hold whole prompts; Path.is_file fails on strings too long for a name.
+    files += [Path(name) for name in _strings(cfg["tokenizer"]) if os.path.isfile(name)]
     return files
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from torch import Tensor
+from torchtune.models.llama3._tokenizer import CL100K_PATTERN as CL100K_PATTERN
 from torchtune.modules import MultiHeadAttention
 
 from hbp_tune.components.planning.errors import ConfigError

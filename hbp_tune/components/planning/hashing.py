@@ -27,7 +27,7 @@ def hashed_order(num_items: int, *, seed: int, epoch: int, stream: str) -> NDArr
     Returns:
         ``int64[num_items]``; equal arguments give equal orders on every machine.
     """
-    key = np.array([seed % 2**63], dtype=np.uint64)
+    key = _splitmix64(np.array([seed % 2**63], dtype=np.uint64))  # mixed first, or seed 0 epoch 1 would be seed 1 epoch 0
     for part in (epoch, zlib.crc32(stream.encode())):
         key = _splitmix64(key ^ np.uint64(part))
     hashes = _splitmix64(np.arange(num_items, dtype=np.uint64) ^ key)

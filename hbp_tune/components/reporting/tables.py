@@ -77,7 +77,7 @@ def _groups_table(plan: EpochPlan, tokens_per_step: NDArray[np.int64]) -> tuple[
         )
     left_out = [f"{len(ids):,} {what}" for what, ids in (("dropped", plan.dropped), ("truncated", plan.truncated)) if len(ids)]
     placed = ", ".join([f"{len(plan.sample_ids):,} samples placed, each once", *left_out])
-    return table, f"{placed}\n  CP: ranks that share a pack  AC: recomputed layers  micro: micro-steps of a step"
+    return table, f"{placed}\n  CP: ranks that share a pack  AC: recomputed layers  micro: micro-steps a step"
 
 
 def _metrics_table(rows: Mapping[str, PlanMetrics]) -> tuple[Table, str]:

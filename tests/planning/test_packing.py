@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+
+from hbp_tune.components.planning.packing import first_fit, greedy_fill
+
+
+def slow_first_fit(lengths: list[int], free: list[int], pack_len: int | None) -> list[int]:
+    """Say plainly what first-fit means; without a pack length no pack is opened."""
+    place = []
+    for length in lengths:
+        index = next((i for i, room in enumerate(free) if room >= length), -1)
+        if index < 0 and pack_len is not None:
+            free.append(pack_len)
+            index = len(free) - 1
+        if index >= 0:
+            free[index] -= length
+        place.append(index)
+    return place
+
+
+def test_first_fit_by_hand() -> None:
+    assert first_fit(np.array([5, 4, 3, 8, 1], dtype=np.int32), 8).tolist() == [0, 1, 0, 2, 1]
+    assert first_fit(np.array([8], dtype=np.int32), 8).tolist() == [0]
+
+
+def test_greedy_fill_by_hand() -> None:
+    taken = greedy_fill(np.array([4, 3, 2, 1, 1], dtype=np.int32), np.array([3, 0, 2]))
+    assert taken.tolist() == [-1, 0, 2, -1, -1]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_first_fit_equals_the_plain_loop(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pack_len = int(rng.integers(2, 100))
+    lengths = rng.integers(1, pack_len + 1, rng.integers(1, 200)).astype(np.int32)
+    assert first_fit(lengths, pack_len).tolist() == slow_first_fit(lengths.tolist(), [], pack_len)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_greedy_fill_equals_the_plain_loop(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    free = rng.integers(0, 50, rng.integers(1, 40))
+    lengths = rng.integers(1, 60, rng.integers(0, 200)).astype(np.int32)
+    before = free.copy()
+    assert greedy_fill(lengths, free).tolist() == slow_first_fit(lengths.tolist(), free.tolist(), None)
+    assert np.array_equal(free, before), "the caller's room is its own"
+
+
+def test_a_real_mixture_leaves_little_room() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(6, 1, 20000), 1, 16384).astype(np.int32)
+    num_packs = first_fit(lengths, 16384).max() + 1
+    assert lengths.sum() / (num_packs * 16384) > 0.99
