@@ -1,0 +1,55 @@
+import re
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from hbp_tune.components import PackingGroup, build
+from hbp_tune.components.planning.errors import ConfigError
+
+GROUP = "hbp_tune.components.PackingGroup"
+
+
+def test_builds_with_arguments_of_the_caller() -> None:
+    node = OmegaConf.create({"_component_": GROUP, "name": "short", "pack_len": 64})
+    assert build("groups", node) == PackingGroup(name="short", pack_len=64)
+    assert build("groups", node, ac_layers=2, pack_len=128) == PackingGroup(name="short", pack_len=128, ac_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("key", "node", "reason"),
+    [
+        ("groups", {"_component_": "hbp_tune.components.PackGroup"}, "PackGroup"),
+        ("planner", {"_component_": "hbp_tuna.BalancePlanner"}, "hbp_tuna"),
+        (
+            "groups",
+            {"_component_": GROUP, "name": "a", "pack_length": 8},
+            "TypeError: .*unexpected keyword argument 'pack_length'",
+        ),
+        ("groups", {"_component_": GROUP, "name": "a"}, "TypeError: .*missing 1 required keyword-only argument: 'pack_len'"),
+        ("tokenizer", {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": "no/such.model"}, "no/such.model"),
+        ("optimizer", {"_component_": "torch.optim.AdamW"}, "TypeError: .*'params'"),
+    ],
+)
+def test_an_error_names_key_component_and_place(key: str, node: dict[str, Any], reason: str) -> None:
+    component = re.escape(node["_component_"])
+    message = rf"^config key '{key}' \({component}\) cannot be built: .*{reason}.* \[.+\.py:\d+\]$"
+    with pytest.raises(ConfigError, match=message) as caught:
+        build(key, OmegaConf.create(node))
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_a_component_left_out_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^config key 'loss' \(no _component_\) cannot be built: "):
+        build("loss", OmegaConf.create({"chunks": 8}))
+
+
+def test_a_bare_string_is_no_component() -> None:
+    with pytest.raises(ConfigError, match=r"^config key 'loss' \(AveTokenLoss\) cannot be built: "):
+        build("loss", "AveTokenLoss")
+
+
+def test_errors_of_our_own_stay_as_they_are() -> None:
+    with pytest.raises(ConfigError, match=r"^group 'odd': pack_len=7 must be a multiple of 2 \* cp_degree=2"):
+        build("groups", OmegaConf.create({"_component_": GROUP, "name": "odd", "pack_len": 7}))

@@ -1,0 +1,89 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config, training
+
+from hbp_tune.components import PackingGroup, adapt_decoder, build, check_config, check_groups
+from hbp_tune.components.config.packaged import packaged_configs
+
+ROOT = Path(__file__).parents[2]
+NAMES = list(packaged_configs())
+
+
+def load(name: str) -> tuple[DictConfig, tuple[PackingGroup, ...]]:
+    cfg = OmegaConf.load(packaged_configs()[name])
+    return cfg, tuple(build("groups", group) for group in cfg.groups)
+
+
+def launch_world_size(name: str) -> int:
+    """Read the number of devices from the comment that says how to launch."""
+    text = packaged_configs()[name].read_text()
+    return int(re.search(rf"tune run --nproc_per_node (\d+) hbp_full_finetune_distributed --config {name}\n", text).group(1))
+
+
+def test_what_is_shipped() -> None:
+    assert NAMES == ["demo/tiny_llama_cpu", "llama3_1/8B_hbp_full", "qwen2_5/7B_hbp_full"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_and_components(name: str) -> None:
+    cfg, groups = load(name)
+    OmegaConf.resolve(cfg)
+    check_config(cfg)
+    config.validate(cfg)
+    largest = max(group.cp_degree for group in groups)
+    for world_size in (largest, 2 * largest, 6 * largest, launch_world_size(name)):
+        check_groups(groups, world_size)
+    assert cfg.seed is not None
+    assert Path(cfg.checkpointer.checkpoint_dir) not in (Path(cfg.output_dir), *Path(cfg.output_dir).parents)
+    for key in ("planner", "curriculum", "context_parallel", "loss"):
+        build(key, cfg[key])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_groups_suit_the_model(name: str) -> None:
+    cfg, groups = load(name)
+    with training.set_default_dtype(training.get_dtype(cfg.dtype, device=torch.device("cpu"))), torch.device("meta"):
+        model = build("model", cfg.model)
+    weights = {parameter.device.type for parameter in model.parameters()}
+    parts = adapt_decoder(model)
+    assert weights == {"meta"}
+    build("context_parallel", cfg.context_parallel).check_heads(
+        groups, num_heads=parts.num_heads, num_kv_heads=parts.num_kv_heads
+    )
+    assert max(group.ac_layers for group in groups) <= len(parts.layers)
+    assert groups[-1].pack_len <= parts.max_seq_len
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:curriculum.steps=:UserWarning")  # 3,000 samples are a short epoch
+def test_an_epoch_places_every_sample_once(name: str) -> None:
+    cfg, groups = load(name)
+    longest = groups[-1].pack_len
+    rng = np.random.default_rng(0)
+    short = rng.lognormal(np.log(longest / 200), 1.0, 3000).astype(np.int32)
+    lengths = np.clip(np.concatenate((short, rng.integers(groups[0].pack_len, longest, 40), [longest])), 2, longest).astype(
+        np.int32
+    )
+    plan = build("planner", cfg.planner).plan(
+        lengths,
+        lengths - 1,
+        groups,
+        world_size=launch_world_size(name),
+        seed=cfg.seed,
+        curriculum=build("curriculum", cfg.curriculum),
+    )
+    assert sorted(plan.sample_ids) == list(range(len(lengths)))
+    assert (plan.sum_per_pack(plan.lengths) <= np.array([group.pack_len for group in groups])[plan.pack_group]).all()
+    assert set(plan.pack_group) == set(range(len(groups)))
+    tokens = np.bincount(plan.pack_step, weights=plan.sum_per_pack(plan.lengths))
+    assert np.median(tokens) <= 1.1 * cfg.planner.tokens_per_step
+
+
+def test_the_llama_groups_are_the_papers() -> None:
+    _, groups = load("llama3_1/8B_hbp_full")
+    assert [(group.pack_len, group.cp_degree, group.ac_layers) for group in groups] == [(16384, 1, 28), (131072, 8, 29)]

@@ -1,0 +1,170 @@
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+from torchtune import config
+
+from hbp_tune.components.config.packaged import find_config, packaged_configs, run_recipe
+from hbp_tune.components.planning.errors import ConfigError, PackingError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    return tmp_path
+
+
+def command_line(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
+
+
+def test_packaged_names_are_files_without_suffix() -> None:
+    configs = packaged_configs()
+    assert {"demo/tiny_llama_cpu", "llama3_1/8B_hbp_full", "qwen2_5/7B_hbp_full"} <= configs.keys()
+    for name, path in configs.items():
+        assert path.is_file()
+        assert path.as_posix().endswith(f"configs/{name}.yaml")
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_packaged_name_is_found_from_any_folder() -> None:
+    assert find_config("demo/tiny_llama_cpu") == packaged_configs()["demo/tiny_llama_cpu"]
+
+
+def test_an_existing_file_wins(folder: Path) -> None:
+    own = folder / "demo" / "tiny_llama_cpu"
+    own.parent.mkdir()
+    own.write_text("epochs: 1\n")
+    assert find_config("demo/tiny_llama_cpu") == Path("demo/tiny_llama_cpu")
+    assert find_config(str(own)) == own
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("name", ["llama3_1/8B_full", "demo", "", "demo/tiny_llama_cpu.yaml"])
+def test_an_unknown_name_lists_all_packaged_ones(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--config {name}: no such file, and no packaged config; packaged are ") as caught:
+        find_config(name)
+    assert str(caught.value).endswith(", ".join(packaged_configs()))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1\n", "is no valid YAML: .*line 2"),
+        (b"a: 1\na: 2\n", "is no valid YAML: .*duplicate key a"),
+        (b"a: \xff\xfe\n", "is no valid YAML: "),
+        (b"5\n", "is no valid YAML: "),
+        (b"- a\n- b\n", "must hold a mapping of keys to values"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(folder: Path, content: bytes, message: str) -> None:
+    (folder / "own.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^--config own.yaml {message}") as caught:
+        find_config("own.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_packaged_name_reaches_the_recipe_with_its_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[DictConfig] = []
+    command_line(monkeypatch, "--config", "demo/tiny_llama_cpu", "epochs=3", "demo_dir=elsewhere")
+    with pytest.raises(SystemExit) as caught:
+        run_recipe(config.parse(seen.append))
+    assert caught.value.code is None
+    assert sys.argv[2] == str(packaged_configs()["demo/tiny_llama_cpu"])
+    assert (seen[0].epochs, seen[0].checkpointer.checkpoint_dir) == (3, "elsewhere/model")
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required: --config"),
+        (("epochs=3", "--config"), "argument --config: expected one argument"),
+    ],
+)
+def test_without_a_name_the_parser_explains(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    command_line(monkeypatch, *arguments)
+    with pytest.raises(SystemExit) as caught:
+        run_recipe(config.parse(print))
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(("rank", "speaks"), [(None, True), ("0", True), ("1", False), ("7", False)])
+def test_an_error_is_one_line_from_rank_zero(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str | None, speaks: bool
+) -> None:
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    command_line(monkeypatch, "--config", "demo/tiny_llama_cpu")
+
+    def main() -> None:
+        raise PackingError("sample 1 has 9 tokens, group 'short' holds 8")
+
+    with pytest.raises(SystemExit) as caught:
+        run_recipe(main)
+    assert caught.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.err.strip() == ("error: sample 1 has 9 tokens, group 'short' holds 8" if speaks else "")
+    assert captured.out == ""
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_unknown_config_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command_line(monkeypatch, "epochs=3", "--config", "demo/tiny")
+    with pytest.raises(SystemExit) as caught:
+        run_recipe(lambda: pytest.fail("the recipe must not start"))
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: --config demo/tiny: no such file, and no packaged config; packaged are demo/tiny_llama_cpu")
+
+
+def test_an_interpolation_that_leads_nowhere_ends_in_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "own.yaml").write_text("output_dir: ${model_dri}/out\n")
+    command_line(monkeypatch, "--config", "own.yaml")
+    with pytest.raises(SystemExit) as caught:
+        run_recipe(config.parse(lambda cfg: cfg.output_dir))
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert "model_dri" in line
+    assert "output_dir" in line
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    command_line(monkeypatch, "--config", "demo/tiny_llama_cpu")
+    with pytest.raises(ZeroDivisionError):
+        run_recipe(lambda: 1 / 0)
+
+
+@pytest.mark.usefixtures("folder")
+def test_single_items_of_lists_are_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[DictConfig] = []
+    items = ("groups.0.pack_len=512", "groups.1.ac_layers=3", "groups.1.name=very long")
+    command_line(monkeypatch, "--config", "demo/tiny_llama_cpu", items[0], "epochs=2", *items[1:])
+    with pytest.raises(SystemExit):
+        run_recipe(config.parse(seen.append))
+    groups = seen[0].groups
+    assert (groups[0].pack_len, groups[0].name, groups[1].ac_layers, groups[1].name) == (512, "short", 3, "very long")
+    assert (groups[1].pack_len, seen[0].epochs) == (8192, 2)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("item", ["groups.2.pack_len=8", "group.0.pack_len=8", "planner.0.overlong=drop"])
+def test_an_item_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], item: str
+) -> None:
+    command_line(monkeypatch, "--config", "demo/tiny_llama_cpu", item)
+    with pytest.raises(SystemExit) as caught:
+        run_recipe(config.parse(lambda cfg: None))
+    assert caught.value.code == 1
+    assert f"error: {item}: " in capsys.readouterr().err
