@@ -180,34 +180,33 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         return model
 
     def _setup_store(self, cfg: DictConfig) -> TokenStore:
-        """Tokenise the data set, or open what an earlier run with the same data, tokenizer and template left on disk.
+        """Tokenise the data set, or open what an earlier run with the same data, tokenizer and template left on disk."""
+        nodes = list(cfg.dataset) if OmegaConf.is_list(cfg.dataset) else [cfg.dataset]
+        sources = [build(f"dataset[{index}]", node, self._tokenizer) for index, node in enumerate(nodes)]
+        settings = [OmegaConf.to_container(cfg[name], resolve=True) for name in ("dataset", "tokenizer")]
+        key = store_key([*settings, [len(source) for source in sources]], self._data_files)
+        path = Path(cfg.get("token_store_dir") or default_store_directory()) / key
+        store = open_token_store(sources, path, is_builder=dist.get_node_local_rank(fallback_rank=self.rank) == 0)
+        self._num_targets = store.num_targets_within(self._groups[-1].pack_len)
+        return store
+
+    def _setup_plan(self, epochs: int, max_steps: int | None) -> list[int]:
+        """Count the optimizer steps of each epoch, up to ``max_steps``, and show the plan of the first.
 
         Raises:
             ConfigError: a document is longer than the positions that the model encodes.
         """
-        nodes = list(cfg.dataset) if OmegaConf.is_list(cfg.dataset) else [cfg.dataset]
-        key = store_key([OmegaConf.to_container(cfg[name], resolve=True) for name in ("dataset", "tokenizer")], self._data_files)
-        path = Path(cfg.get("token_store_dir") or default_store_directory()) / key
-        sources = [build(f"dataset[{index}]", node, self._tokenizer) for index, node in enumerate(nodes)]
-        store = open_token_store(sources, path, is_builder=dist.get_node_local_rank(fallback_rank=self.rank) == 0)
-        longest_group = self._groups[-1]
-        self._num_targets = store.num_targets_within(longest_group.pack_len)
-        longest = min(int(store.lengths.max()), longest_group.pack_len)
-        if longest > self._decoder.max_seq_len:
-            raise ConfigError(
-                f"the longest sample that is trained has {longest} tokens, the model encodes {self._decoder.max_seq_len} "
-                f"positions (max_seq_len); lower pack_len of group {longest_group.name!r} and set planner.overlong, or use a "
-                f"model builder with a larger max_seq_len"
-            )
-        return store
-
-    def _setup_plan(self, epochs: int, max_steps: int | None) -> list[int]:
-        """Count the optimizer steps of each epoch, up to ``max_steps``, and show the plan of the first."""
         steps_per_epoch: list[int] = []
         while len(steps_per_epoch) < epochs and (max_steps is None or sum(steps_per_epoch) < max_steps):
             plan = self._plan_epoch(len(steps_per_epoch), first_step=sum(steps_per_epoch))
             if not steps_per_epoch and self._is_rank_zero:
                 self._show_plan(plan)
+            if (longest := int(plan.lengths.max())) > self._decoder.max_seq_len:
+                raise ConfigError(
+                    f"the longest sample that is trained has {longest} tokens, the model encodes {self._decoder.max_seq_len} "
+                    f"positions (max_seq_len); lower pack_len of group {self._groups[-1].name!r} and set planner.overlong, or "
+                    f"use a model builder with a larger max_seq_len"
+                )
             left = plan.num_steps if max_steps is None else max_steps - sum(steps_per_epoch)
             steps_per_epoch.append(min(plan.num_steps, left))
         return steps_per_epoch
@@ -238,12 +237,10 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         return plan
 
     def _show_plan(self, plan: EpochPlan) -> None:
-        store, counts = self._store, self._num_targets
-        compared = compare_with_naive(
-            self._planner, store.lengths, counts, self._groups, world_size=self.world_size, seed=self.seed
-        )
-        print_plan(plan, store.lengths, tokens_per_step=tokens_per_step(plan), compared=compared)
-        if line := report_overlong(plan, self._store.lengths, self._store.sources, self._output_dir):
+        lengths = self._store.lengths
+        compared = compare_with_naive(self._planner, lengths, self._groups, world_size=self.world_size, seed=self.seed)
+        print_plan(plan, lengths, tokens_per_step=tokens_per_step(plan), compared=compared)
+        if line := report_overlong(plan, lengths, self._store.sources, self._output_dir):
             log.warning(line)
 
     def _load_weights(self) -> None:

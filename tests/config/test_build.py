@@ -45,6 +45,11 @@ def test_a_component_left_out_is_named() -> None:
         build("loss", OmegaConf.create({"chunks": 8}))
 
 
+def test_a_key_without_value_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^config key 'groups' is empty; give it a _component_"):
+        build("groups", None)
+
+
 def test_a_bare_string_is_no_component() -> None:
     with pytest.raises(ConfigError, match=r"^config key 'loss' \(AveTokenLoss\) cannot be built: "):
         build("loss", "AveTokenLoss")

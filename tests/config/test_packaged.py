@@ -2,10 +2,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
-from hbp_tune.components.config.packaged import find_config, packaged_configs, run_recipe
+from hbp_tune.components.config.packaged import find_config, merge_list_overrides, packaged_configs, run_recipe
 from hbp_tune.components.planning.errors import ConfigError, PackingError
 
 
@@ -149,12 +149,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("folder")
 def test_single_items_of_lists_are_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[DictConfig] = []
-    items = ("groups.0.pack_len=512", "groups.1.ac_layers=3", "groups.1.name=very long")
+    items = ("groups.0.pack_len=512", "groups.1.ac_layers=3", "groups.1.name=a b?c")
     command_line(monkeypatch, "--config", "demo/tiny_llama_cpu", items[0], "epochs=2", *items[1:])
     with pytest.raises(SystemExit):
         run_recipe(config.parse(seen.append))
     groups = seen[0].groups
-    assert (groups[0].pack_len, groups[0].name, groups[1].ac_layers, groups[1].name) == (512, "short", 3, "very long")
+    assert (groups[0].pack_len, groups[0].name, groups[1].ac_layers, groups[1].name) == (512, "short", 3, "a b?c")
     assert (groups[1].pack_len, seen[0].epochs) == (8192, 2)
 
 
@@ -168,3 +168,12 @@ def test_an_item_that_is_not_there_is_named(
         run_recipe(config.parse(lambda cfg: None))
     assert caught.value.code == 1
     assert f"error: {item}: " in capsys.readouterr().err
+
+
+def test_equal_signs_and_none_survive_the_rewriting(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("dataset:\n- {url: 'https://x/y?a=b', n: 1}\n- {url: z, n: 1}\n")
+    merged = merge_list_overrides(["recipe", "dataset.0.n=2e-5", "dataset.1.n=None"], path)
+    assert len(merged) == 2
+    assert merged[1].count("=") == 1
+    assert OmegaConf.from_dotlist(merged[1:]).dataset == [{"url": "https://x/y?a=b", "n": 2e-5}, {"url": "z", "n": None}]

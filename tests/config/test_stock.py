@@ -237,6 +237,13 @@ def test_missing_groups_show_the_least_that_works(groups: Any) -> None:
     check_groups([build("groups", group) for group in least.groups], world_size=1)
 
 
+@pytest.mark.parametrize("key", ["epochs", "max_steps", "save_every_n_steps", "keep_last_n_checkpoints", "log_every_n_steps"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, "two"])
+def test_counts_are_whole_numbers(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}={value} must be a whole number of at least 1"):
+        check_config(settings(**{key: value}))
+
+
 def test_packed_data_sets_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"dataset 0: packed=True has no place here, remove it: groups decide"):
         check_config(settings(dataset={"_component_": "d", "packed": True}))

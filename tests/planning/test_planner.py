@@ -205,5 +205,5 @@ def test_targets_of_each_step(two_groups: Groups, draw_lengths: Callable[[int], 
 
 def test_comparison_adds_ranks_where_one_pack_takes_all(two_groups: Groups, draw_lengths: Callable[[int], Lengths]) -> None:
     lengths = draw_lengths(1)
-    names = {n: list(compare_with_naive(BalancePlanner(), lengths, lengths, two_groups, world_size=n, seed=0)) for n in (2, 4)}
+    names = {n: list(compare_with_naive(BalancePlanner(), lengths, two_groups, world_size=n, seed=0)) for n in (2, 4)}
     assert names == {2: ["HBP", "one length", "HBP on 8 ranks", "one length on 8 ranks"], 4: ["HBP", "one length"]}

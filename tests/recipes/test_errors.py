@@ -35,7 +35,7 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "positions",
-        {"groups": [SHORT, {**LONG, "pack_len": 4096}], "dataset.lengths": [10, 3000]},
+        {"groups": [SHORT, {**LONG, "pack_len": 4096}], "dataset.lengths": [10, 3000], "planner.tokens_per_step": 8192},
         r"3000 tokens, the model encodes 2048",
     ),
     ("empty", {"dataset.lengths": []}, r"the data set is empty: it has no row"),

@@ -17,7 +17,7 @@ GROUPS = (PackingGroup(name="short", pack_len=64), PackingGroup(name="long", pac
 def printed(lengths: np.ndarray, width: int, overlong: str = "error") -> str:
     planner = BalancePlanner(overlong=overlong)
     plan = planner.plan(lengths, lengths, GROUPS, world_size=2, seed=0)
-    compared = compare_with_naive(planner, lengths, lengths, GROUPS, world_size=2, seed=0)
+    compared = compare_with_naive(planner, lengths, GROUPS, world_size=2, seed=0)
     console = Console(file=io.StringIO(), width=width)
     print_plan(plan, lengths, tokens_per_step=tokens_per_step(plan), compared=compared, console=console)
     return console.file.getvalue()  # type: ignore[attr-defined]

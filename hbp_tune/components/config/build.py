@@ -21,6 +21,8 @@ def build(key: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     Raises:
         ConfigError: there is no such component, it does not take these arguments, or it cannot be built from them.
     """
+    if node is None:
+        raise ConfigError(f"config key {key!r} is empty; give it a _component_")
     try:
         return config.instantiate(node, *args, **kwargs)
     except Exception as error:

@@ -67,9 +67,13 @@ def merge_list_overrides(arguments: list[str], path: Path) -> list[str]:
         key, index, rest, value = match.groups()
         if not OmegaConf.is_list(cfg.get(key)) or int(index) >= len(cfg[key]):
             raise ConfigError(f"{argument}: {path} has no list {key!r} with an item {index}; items count from 0")
-        OmegaConf.update(cfg, f"{key}[{index}]{rest}", OmegaConf.from_dotlist([f"value={value}"]).value)
+        # As in torchtune's own overrides, "None" is null.
+        parsed = OmegaConf.from_dotlist([f"value={'null' if value == 'None' else value}"]).value
+        OmegaConf.update(cfg, f"{key}[{index}]{rest}", parsed)
         lists.append(key)
-    return [*others, *(f"{key}={json.dumps(OmegaConf.to_container(cfg[key]))}" for key in dict.fromkeys(lists))]
+    # torchtune splits an override at every "=", so those inside values are escaped.
+    dumped = {key: json.dumps(OmegaConf.to_container(cfg[key])).replace("=", "\\u003d") for key in lists}
+    return [*others, *(f"{key}={value}" for key, value in dumped.items())]
 
 
 def _silence_known_noise() -> None:

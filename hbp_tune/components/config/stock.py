@@ -89,6 +89,10 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     for key in ("output_dir", "tokenizer", "dataset", "model", "checkpointer", "optimizer", "device", "dtype", "epochs"):
         if cfg.get(key) is None:
             raise ConfigError(f"config key {key!r} is missing")
+    for key in ("epochs", "max_steps", "save_every_n_steps", "keep_last_n_checkpoints", "log_every_n_steps"):
+        value = cfg.get(key)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{key}={value} must be a whole number of at least 1" + ("" if key == "epochs" else ", or null"))
     if not cfg.get("groups"):
         raise ConfigError(
             "config key 'groups' is missing; the least is groups: "

@@ -1,6 +1,7 @@
 """The token store: every data set is tokenised once, in parallel, and read memory-mapped by all ranks."""
 
 import functools
+import importlib.metadata
 import os
 import shutil
 import socket
@@ -117,10 +118,11 @@ def store_key(parts: Sequence[Any], files: Sequence[Path]) -> str:
     """Name a store by what decides its content: settings (by their ``repr``) and the bytes of local files.
 
     Args:
-        parts: plain values, such as the data sets' and the tokenizer's configuration.
+        parts: plain values, such as the data sets' and the tokenizer's configuration. torchtune's version, whose
+            templates and tokenizers they name, is always among them.
         files: data and tokenizer files; read in full, at several GB a second from cache.
     """
-    digest = xxhash.xxh3_128(repr([_FORMAT, *parts]).encode())
+    digest = xxhash.xxh3_128(repr([_FORMAT, importlib.metadata.version("torchtune"), *parts]).encode())
     for file in files:
         with file.open("rb") as stream:
             while block := stream.read(2**22):

@@ -85,7 +85,7 @@ class Ulysses:
             repeats = num_kv_heads // k.shape[1]
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         # Rank r serves the r-th block of query heads and the KV heads that they use: one block per rank, one message.
-        blocks = [x.view(local_len, cp_degree, x.shape[1] // cp_degree, head_dim) for x in (q, k, v)]
+        blocks = [x.reshape(local_len, cp_degree, x.shape[1] // cp_degree, head_dim) for x in (q, k, v)]
         fused = _exchange(torch.cat(blocks, dim=2).flatten(1, 2), mesh, split=1, join=0)
         q, k, v = fused.split([num_heads // cp_degree, num_kv_heads // cp_degree, num_kv_heads // cp_degree], dim=1)
         return _exchange(attention(q, k, v, cu_seqlens, doc_lens).contiguous(), mesh, split=0, join=1)

@@ -155,13 +155,7 @@ class BalancePlanner:
 
 
 def compare_with_naive(
-    planner: BalancePlanner,
-    lengths: NDArray[np.int32],
-    num_targets: NDArray[np.int32],
-    groups: Sequence[PackingGroup],
-    *,
-    world_size: int,
-    seed: int,
+    planner: BalancePlanner, lengths: NDArray[np.int32], groups: Sequence[PackingGroup], *, world_size: int, seed: int
 ) -> dict[str, EpochPlan]:
     """Plan the same data by ``planner`` and by naive packing: every sample in the longest group, no balancing.
 
@@ -178,7 +172,8 @@ def compare_with_naive(
         for name, by, of in ((f"HBP{where}", planner, groups), (f"one length{where}", naive, groups[-1:])):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # said once, about the plan that is trained
-                plans[name] = by.plan(lengths, num_targets, of, world_size=ranks, seed=seed)
+                # These plans are not trained, so targets play no part: every sample counts as having one.
+                plans[name] = by.plan(lengths, np.ones_like(lengths), of, world_size=ranks, seed=seed)
     return plans
 
 
