@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_NUM_SAMPLES", "MAX_POSITIONS", "DemoError", "DemoFiles", "prepare_demo"]
 
-DEFAULT_NUM_SAMPLES = 900
+DEFAULT_NUM_SAMPLES = 700
 MIN_SAMPLES = 20
 MIN_TOKENS = 256
 # The tiny model's positions.

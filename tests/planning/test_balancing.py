@@ -56,3 +56,37 @@ def test_steps_are_whole_and_hold_light_and_heavy_micro_steps(slices: int, accum
     if len(sizes) > 1 and sizes.min() > 1:
         halves = [np.flatnonzero(step == s) for s in range(len(sizes))]
         assert all(members.min() < slices / 2 <= members.max() for members in halves)
+
+
+def test_samples_that_do_not_fit_when_dealt_stay_in_their_packs() -> None:
+    # Dealt over eight packs, the three of 3 pairs up to 6 and the 2s strand one that finds no room of 2 left.
+    packs, lengths = [], []
+    for parts in ([3, 3], [2, 2, 2], [2, 2, 2], [2, 2, 2], [3, 3], [3, 3], [3, 3]):
+        packs.append(np.arange(len(lengths), len(lengths) + len(parts)))
+        lengths += parts
+    spread = spread_tail(packs, np.array(lengths, dtype=np.int32), num_replicas=8, pack_len=6)
+    assert [pack.tolist() for pack in spread] == [*(pack.tolist() for pack in packs), []]
+
+
+def test_packs_that_divide_stay_as_they_are() -> None:
+    lengths = np.array([6, 6, 1, 1], dtype=np.int32)
+    packs = [np.array([i]) for i in range(4)]
+    assert spread_tail(packs, lengths, num_replicas=2, pack_len=6) is packs
+    assert spread_tail(packs, lengths, num_replicas=1, pack_len=6) is packs
+
+
+def test_only_the_first_packs_are_dealt_again() -> None:
+    lengths = np.array([1, 1, 2, 2, 6, 6, 6, 6], dtype=np.int32)
+    packs = [np.array([0, 1, 2, 3]), *(np.array([i]) for i in range(4, 8))]
+    spread = spread_tail(packs, lengths, num_replicas=4, pack_len=6)
+    assert [sorted(pack.tolist()) for pack in spread] == [[2], [3], [0], [1], [4], [5], [6], [7]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_steps_are_about_as_large_as_asked(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    slices, accumulation = int(rng.integers(1, 500)), int(rng.integers(1, 40))
+    step, _ = deal_micro_steps(slices, accumulation)
+    num_steps = int(step.max()) + 1
+    # Of all numbers of whole steps, none comes closer; few micro-steps make one step.
+    assert abs(slices / accumulation - num_steps) <= 0.5 or (num_steps == 1 and slices < accumulation)

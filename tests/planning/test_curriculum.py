@@ -65,3 +65,23 @@ def test_settings_that_cannot_work() -> None:
         ShortFirst(steps=-1)
     with pytest.raises(ConfigError, match=r"max_pack_len=32 is shorter than every group; the shortest has pack_len=64"):
         order(ShortFirst(steps=1, max_pack_len=32), [0])
+
+
+def test_orders_by_hand() -> None:
+    step_groups = [0, 0, 0, 0, 2, 2]
+    assert order(Interleave(), step_groups) == [0, 4, 1, 2, 5, 3]
+    assert order(ShortFirst(steps=0), step_groups) == [0, 4, 1, 2, 5, 3]
+    assert order(ShortFirst(steps=2), step_groups) == [0, 1, 2, 4, 3, 5]
+    assert order(ShortFirst(steps=5), step_groups, first_step=4) == [0, 1, 4, 2, 5, 3], "one of five is left"
+    assert order(Interleave(), [2]) == [0]
+    assert order(Interleave(), [0, 1, 2]) == [0, 1, 2], "the shorter group goes first"
+
+
+def test_no_warning_where_short_steps_are_enough() -> None:
+    assert order(ShortFirst(steps=2), [0, 0, 2]) == [0, 1, 2]
+    assert order(ShortFirst(steps=9), [0, 0, 2], first_step=7) == [0, 1, 2]
+
+
+@pytest.mark.xfail(strict=True, raises=UserWarning, reason="warns of longer groups although there is none")
+def test_no_warning_where_no_longer_group_follows() -> None:
+    assert order(ShortFirst(steps=9, max_pack_len=256), [0, 0, 2]) == [0, 2, 1]

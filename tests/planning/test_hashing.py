@@ -1,6 +1,6 @@
 import numpy as np
 
-from hbp_tune.components.planning.hashing import hashed_order
+from hbp_tune.components.planning.hashing import _splitmix64, hashed_order
 
 
 def test_orders_are_permutations_and_depend_on_every_argument() -> None:
@@ -25,3 +25,21 @@ def test_no_position_is_favoured() -> None:
     counts = np.bincount(first, minlength=10)
     assert counts.min() > 140
     assert counts.max() < 260
+
+
+def test_integers_mix_as_published() -> None:
+    # First outputs of SplitMix64 for these seeds, as in the reference code and in Java's SplittableRandom.
+    mixed = _splitmix64(np.array([0, 1234567], dtype=np.uint64))
+    assert mixed.tolist() == [0xE220A8397B1DCDAF, 6457827717110365317]
+
+
+def test_a_seed_never_takes_over_another_seeds_epochs() -> None:
+    orders = {
+        tuple(hashed_order(30, seed=seed, epoch=epoch, stream="samples").tolist()) for seed in range(8) for epoch in range(8)
+    }
+    assert len(orders) == 64
+
+
+def test_orders_of_nothing_and_of_one() -> None:
+    assert hashed_order(0, seed=0, epoch=0, stream="x").tolist() == []
+    assert hashed_order(1, seed=0, epoch=0, stream="x").tolist() == [0]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hbp_tune.components.planning.metrics import measure
+from hbp_tune.components.planning.metrics import PlanMetrics, measure
 from hbp_tune.components.planning.planner import BalancePlanner
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup
 from hbp_tune.components.planning.sharding import local_rows, padded_len
@@ -78,3 +78,28 @@ def test_ranks_share_out_all_rows_evenly(cp_degree: int) -> None:
     rows = [list(range(padded))[local_rows(padded, rank, cp_degree)] for rank in range(cp_degree)]
     assert [row for part in rows for row in part] == list(range(padded))
     assert len({len(part) for part in rows}) == 1
+
+
+def test_metrics_by_hand() -> None:
+    # Packs of one rank each, nothing padded: tokens 256 | 128, attention 2 * 128**2 | 128**2 in the only micro-step.
+    groups = (PackingGroup(name="short", pack_len=256), PackingGroup(name="long", pack_len=512, cp_degree=2))
+    lengths = np.array([128, 128, 128], dtype=np.int32)
+    got = measure(BalancePlanner().plan(lengths, lengths, groups, world_size=2, seed=0))
+    assert got == PlanMetrics(dbr=0.25, pr=0.0, pr_tail=0.0, abr=0.25, cr=0.0, ave_t=192.0)
+
+    # One sample for two replicas: 100 tokens in 128 slots beside an empty pack of 128; then 400 in 512 on both ranks.
+    lengths = np.array([256, 400], dtype=np.int32)
+    got = measure(BalancePlanner(fill=False).plan(lengths, lengths, groups, world_size=2, seed=0))
+    assert got.dbr == pytest.approx((0.25 + 0) / 2)
+    assert got.pr == pytest.approx(112 / (256 + 512))
+    assert got.pr_tail == pytest.approx(128 / (256 + 128 + 512))
+    assert got.abr == pytest.approx((0.5 + 0) / 2)
+    assert got.cr == pytest.approx(400 / 656)
+    assert got.ave_t == pytest.approx(656 / (2 * 2))
+
+
+def test_equal_packs_are_perfect() -> None:
+    lengths = np.full(24, 256, dtype=np.int32)
+    groups = (PackingGroup(name="all", pack_len=1024),)
+    got = measure(BalancePlanner().plan(lengths, lengths, groups, world_size=2, seed=0))
+    assert got == PlanMetrics(dbr=0.0, pr=0.0, pr_tail=0.0, abr=0.0, cr=0.0, ave_t=1024.0)

@@ -51,3 +51,21 @@ def test_a_real_mixture_leaves_little_room() -> None:
     lengths = np.clip(rng.lognormal(6, 1, 20000), 1, 16384).astype(np.int32)
     num_packs = first_fit(lengths, 16384).max() + 1
     assert lengths.sum() / (num_packs * 16384) > 0.99
+
+
+def test_samples_as_long_as_the_pack_are_alone() -> None:
+    # 4096 * 2**20 tokens are more than 32 bits hold.
+    assert first_fit(np.full(4096, 2**20, dtype=np.int32), 2**20).tolist() == list(range(4096))
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 2, 3, 7, 64, 65])
+def test_equal_samples_fill_pack_after_pack(num_samples: int) -> None:
+    lengths = np.full(num_samples, 5, dtype=np.int32)
+    assert first_fit(lengths, 16).tolist() == [i // 3 for i in range(num_samples)]
+    # Just over half: as many packs as first-fit can open for so few tokens.
+    assert first_fit(lengths, 9).tolist() == list(range(num_samples))
+
+
+def test_nothing_to_fill_and_nothing_to_fill_it_with() -> None:
+    assert greedy_fill(np.array([], dtype=np.int32), np.array([3, 4])).tolist() == []
+    assert greedy_fill(np.array([1, 2], dtype=np.int32), np.array([0, 0, 0])).tolist() == [-1, -1]

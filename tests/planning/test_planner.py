@@ -207,3 +207,84 @@ def test_comparison_adds_ranks_where_one_pack_takes_all(two_groups: Groups, draw
     lengths = draw_lengths(1)
     names = {n: list(compare_with_naive(BalancePlanner(), lengths, two_groups, world_size=n, seed=0)) for n in (2, 4)}
     assert names == {2: ["HBP", "one length", "HBP on 8 ranks", "one length on 8 ranks"], 4: ["HBP", "one length"]}
+
+
+def test_a_plan_by_hand(two_groups: Groups) -> None:
+    # Attention decides the pairs: 64**2 beside 64**2, and 2 * 32**2 beside 2 * 32**2, whatever the shuffle.
+    plan = plan_of(array(32, 64, 32, 256, 64, 32, 32), two_groups, world_size=2, seed=3)
+    assert plan.pack_first_rank.tolist() == [0, 1, 0, 0, 1]
+    assert plan.pack_group.tolist() == [0, 0, 1, 0, 0]
+    assert plan.pack_step.tolist() == [0, 0, 1, 2, 2]
+    assert plan.pack_micro_step.tolist() == [0] * 5
+    packs = np.split(plan.sample_ids, plan.pack_offsets[1:-1])
+    steps = [sorted(np.concatenate(packs[i:j]).tolist()) for i, j in ((0, 2), (2, 3), (3, 5))]
+    assert steps[1] == [3]
+    assert sorted([steps[0], steps[2]]) == [[0, 2, 5, 6], [1, 4]]
+
+
+def test_room_goes_to_the_next_shorter_group_first() -> None:
+    groups = tuple(PackingGroup(name=name, pack_len=n) for name, n in (("a", 8), ("b", 16), ("c", 64)))
+    # 48 leaves 16 in c: b's 12 comes before a's 8, then 4 of a fits beside it.
+    plan = plan_of(array(8, 4, 12, 48), groups, world_size=1)
+    assert sorted(plan.sample_ids[plan.pack_group[plan.pack_of_sample] == 2].tolist()) == [1, 2, 3]
+    assert sorted(plan.sample_ids[plan.pack_group[plan.pack_of_sample] == 0].tolist()) == [0]
+    assert not (plan.pack_group == 1).any(), "a group whose samples were all taken has no step"
+    unfilled = plan_of(array(8, 4, 12, 48), groups, world_size=1, planner=BalancePlanner(fill=False))
+    assert sorted(unfilled.pack_group.tolist()) == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+@pytest.mark.parametrize("seed", range(20))
+def test_laws_hold_for_any_groups(world_size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pack_lens = np.unique(rng.integers(1, 30, rng.integers(1, 5))) * 2 * world_size
+    degrees = [n for n in (1, 2, 4, 8) if world_size % n == 0]
+    groups = tuple(PackingGroup(name=str(n), pack_len=int(n), cp_degree=int(rng.choice(degrees))) for n in pack_lens)
+    lengths = rng.integers(1, rng.choice([2, 10, pack_lens[-1] + 1, pack_lens[-1] + 5]), rng.integers(1, 80)).astype(np.int32)
+    lengths[0] = pack_lens[-1] if seed % 2 else 1
+    fitting = np.flatnonzero(lengths <= pack_lens[-1]).tolist()
+    for overlong in ("drop", "truncate"):
+        plan = plan_of(lengths, groups, planner=BalancePlanner(overlong=overlong), world_size=world_size, seed=seed)
+        placed = fitting if overlong == "drop" else list(range(len(lengths)))
+        assert_lawful(plan, lengths, placed)
+        assert plan.lengths.sum() == np.minimum(lengths, pack_lens[-1])[placed].sum(), "tokens are conserved"
+        assert (pack_lens[plan.pack_group[plan.pack_of_sample]] >= plan.lengths).all(), "no sample in too short a group"
+
+
+def test_one_sample_leaves_the_other_ranks_an_empty_pack() -> None:
+    plan = plan_of(array(5), (PackingGroup(name="all", pack_len=8),), world_size=8)
+    assert sorted(np.diff(plan.pack_offsets).tolist()) == [0] * 7 + [1]
+    assert [len(list(plan.for_rank(rank))) for rank in range(8)] == [1] * 8
+
+
+def test_every_rank_shares_a_pack_where_the_degree_is_the_world_size() -> None:
+    plan = plan_of(array(16, 16, 7), (PackingGroup(name="all", pack_len=16, cp_degree=8),), world_size=8)
+    for rank in range(8):
+        assert [(pack.index, pack.cp_rank) for pack in plan.for_rank(rank)] == [(0, rank), (1, rank), (2, rank)]
+
+
+def test_a_micro_step_up_to_a_tenth_over_the_target_is_silent(two_groups: Groups) -> None:
+    assert BalancePlanner(tokens_per_step=466).accumulation(two_groups[1], 4) == 1  # 512 is 9.9% more
+    with pytest.warns(UserWarning, match=r"tokens_per_step=465; its optimizer steps are larger than asked"):
+        assert BalancePlanner(tokens_per_step=465).accumulation(two_groups[1], 4) == 1
+    assert BalancePlanner(tokens_per_step=767).accumulation(two_groups[1], 4) == 1
+    assert BalancePlanner(tokens_per_step=768).accumulation(two_groups[1], 4) == 2
+
+
+def test_a_group_without_samples_warns_of_nothing(two_groups: Groups) -> None:
+    plan = plan_of(array(64, 64), two_groups, planner=BalancePlanner(tokens_per_step=128), world_size=2)
+    assert plan.pack_group.tolist() == [0, 0], "long packs would hold 256 tokens"
+
+
+def test_the_comparison_plans_as_the_run_does(two_groups: Groups, draw_lengths: Callable[[int], Lengths]) -> None:
+    lengths = draw_lengths(2)
+    compared = compare_with_naive(BalancePlanner(), lengths, two_groups, world_size=4, seed=7)
+    assert compared["HBP"].hash == plan_of(lengths, two_groups, seed=7).hash
+    assert compared["one length"].groups == two_groups[-1:]
+    assert_lawful(compared["one length"], lengths, list(range(len(lengths))))
+
+
+def test_a_cut_sample_is_the_whole_of_its_pack(two_groups: Groups) -> None:
+    plan = plan_of(array(300, 400), two_groups, planner=BalancePlanner(overlong="truncate"), world_size=2)
+    assert plan.lengths.tolist() == [256, 256]
+    assert plan.num_steps == 2

@@ -1,7 +1,10 @@
+import dataclasses
+
+import numpy as np
 import pytest
 
 from hbp_tune.components.planning.errors import ConfigError
-from hbp_tune.components.planning.records import PackingGroup, check_groups
+from hbp_tune.components.planning.records import EpochPlan, PackingGroup, check_groups
 
 
 def test_a_group_is_valid_once_it_exists() -> None:
@@ -48,3 +51,66 @@ def test_groups_that_do_not_fit_together(parts: list[tuple[str, int, int]], worl
 
 def test_groups_that_fit() -> None:
     check_groups(groups(("a", 64, 1), ("b", 128, 2), ("c", 256, 2)), 8)
+
+
+@pytest.fixture
+def plan() -> EpochPlan:
+    """Two ranks: a short step of two micro-steps, whose last pack is empty, and a long step on both ranks."""
+    return EpochPlan(
+        groups=tuple(groups(("short", 8, 1), ("long", 16, 2))),
+        world_size=2,
+        sample_ids=np.array([3, 0, 1, 2, 4], dtype=np.int32),
+        lengths=np.array([8, 4, 3, 5, 16], dtype=np.int32),
+        pack_offsets=np.array([0, 1, 3, 4, 4, 5]),
+        pack_group=np.array([0, 0, 0, 0, 1], dtype=np.int16),
+        pack_step=np.array([0, 0, 0, 0, 1], dtype=np.int32),
+        pack_micro_step=np.array([0, 0, 1, 1, 0], dtype=np.int16),
+        pack_first_rank=np.array([0, 1, 0, 1, 0], dtype=np.int32),
+        dropped=np.array([], dtype=np.int32),
+        truncated=np.array([], dtype=np.int32),
+    )
+
+
+def test_a_plan_by_hand(plan: EpochPlan) -> None:
+    assert (plan.num_packs, plan.num_steps) == (5, 2)
+    assert plan.cp_degrees.tolist() == [1, 1, 1, 1, 2]
+    assert plan.pack_of_sample.tolist() == [0, 1, 1, 2, 4]
+    assert plan.sum_per_pack(plan.lengths).tolist() == [8, 7, 5, 0, 16]
+    assert plan.sum_per_pack(np.full(5, 2**30, dtype=np.int32)).tolist() == [2**30, 2**31, 2**30, 0, 2**30]
+
+
+@pytest.mark.parametrize(("rank", "sample_ids"), [(0, [[3], [2], [4]]), (1, [[0, 1], [], [4]])])
+def test_each_rank_sees_its_part(plan: EpochPlan, rank: int, sample_ids: list[list[int]]) -> None:
+    packs = list(plan.for_rank(rank))
+    assert [pack.sample_ids.tolist() for pack in packs] == sample_ids
+    assert [pack.lengths.sum() for pack in packs] == [[8, 5, 16], [7, 0, 16]][rank]
+    assert [pack.index for pack in packs] == [[0, 2, 4], [1, 3, 4]][rank]
+    assert [(pack.step, pack.micro_step, pack.is_last_micro_step) for pack in packs] == [
+        (0, 0, False),
+        (0, 1, True),
+        (1, 0, True),
+    ]
+    assert [pack.cp_rank for pack in packs] == [0, 0, rank]
+    assert [pack.group.name for pack in packs] == ["short", "short", "long"]
+
+
+def test_windows_by_hand(plan: EpochPlan) -> None:
+    assert plan.indices_for_rank(1).tolist() == [1, 3, 4]
+    assert plan.indices_for_rank(1, first_step=1).tolist() == [4]
+    assert plan.indices_for_rank(1, last_step=1).tolist() == [1, 3]
+    assert plan.indices_for_rank(1, first_step=1, last_step=1).tolist() == []
+
+
+def test_another_ranks_pack_is_refused(plan: EpochPlan) -> None:
+    with pytest.raises(AssertionError, match=r"rank 1 has no part in pack 0"):
+        plan.pack(0, 1)
+
+
+@pytest.mark.parametrize(
+    "field", ["sample_ids", "lengths", "pack_offsets", "pack_group", "pack_step", "pack_micro_step", "pack_first_rank"]
+)
+def test_every_number_counts_in_the_hash(plan: EpochPlan, field: str) -> None:
+    values = getattr(plan, field).copy()
+    assert dataclasses.replace(plan, **{field: values}).hash == plan.hash
+    values[-1] += 1
+    assert dataclasses.replace(plan, **{field: values}).hash != plan.hash

@@ -61,3 +61,48 @@ def test_nothing_overlong_nothing_said(tmp_path: Path) -> None:
     plan = BalancePlanner().plan(lengths, lengths, GROUPS, world_size=2, seed=0)
     assert report_overlong(plan, lengths, np.zeros(2, dtype=np.int16), tmp_path) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def cells(text: str, name: str) -> list[str]:
+    """Give the cells of the first row that starts with ``name``."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    return next(row[1:] for row in rows if row[0] == name)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_figures_by_hand(width: int) -> None:
+    # Short: 4 packs of 64 on 2 ranks; long: 3 packs of 250 on both ranks, 2 of them filled up with a 6.
+    text = printed(np.array([64, 64, 64, 64, 250, 250, 250, 6, 6], dtype=np.int32), width)
+    assert cells(text, "short") == ["64", "1", "0", "4", "4", "2", "1.0", "128"]
+    assert cells(text, "long") == ["256", "2", "3", "5", "3", "3", "1.0", "254"]
+    assert cells(text, "HBP") == ["0.0000", "0.0060", "0.0000", "0.7485", "102"]
+    assert cells(text, "one length")[3] == "1.0000", "all tokens pay for context parallelism"
+    assert cells(text, "to 64") == ["6", "███████                  0.263"] or cells(text, "to 128")[0] == "6"
+    assert "min 6  median 64  p90 250  p99 250  max 250 tokens" in text
+
+
+def test_a_group_without_samples_has_no_figures() -> None:
+    assert cells(printed(np.array([5], dtype=np.int32), 80), "long") == ["256", "2", "3", "0", "0", "0", "-", "-"]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_large_figures_stay_whole(width: int) -> None:
+    groups = (PackingGroup(name="16k", pack_len=16384), PackingGroup(name="128k", pack_len=131072, cp_degree=8, ac_layers=29))
+    lengths = np.concatenate((np.full(1600, 8192), np.full(20, 131072))).astype(np.int32)
+    planner = BalancePlanner(tokens_per_step=1048576)
+    plan = planner.plan(lengths, lengths, groups, world_size=8, seed=0)
+    console = Console(file=io.StringIO(), width=width)
+    compared = compare_with_naive(planner, lengths, groups, world_size=8, seed=0)
+    print_plan(plan, lengths, tokens_per_step=tokens_per_step(plan), compared=compared, console=console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert cells(text, "16k") == ["16,384", "1", "0", "1,600", "800", "13", "7.7", "1,008,246"]
+    assert cells(text, "128k") == ["131,072", "8", "29", "20", "20", "3", "6.7", "873,813"]
+
+
+def test_truncated_samples_are_listed_at_their_stored_length(tmp_path: Path) -> None:
+    lengths = np.array([10, 300, 257], dtype=np.int32)
+    plan = BalancePlanner(overlong="truncate").plan(lengths, lengths, GROUPS, world_size=2, seed=0)
+    line = report_overlong(plan, lengths, np.array([0, 2, 2], dtype=np.int16), tmp_path)
+    assert line is not None
+    assert line.endswith(f"; truncated, all listed in {tmp_path / 'overlong.csv'}")
+    assert (tmp_path / "overlong.csv").read_text().split()[1:] == ["1,2,0,300", "2,2,1,257"]

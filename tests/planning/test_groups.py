@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+
+from hbp_tune.components.planning.errors import ConfigError, PackingError
+from hbp_tune.components.planning.groups import check_lengths, check_overlong_policy, describe_overlong, group_of_lengths
+from hbp_tune.components.planning.records import PackingGroup
+
+GROUPS = tuple(PackingGroup(name=name, pack_len=n) for name, n in (("a", 8), ("b", 16), ("c", 64)))
+
+
+def array(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+def test_borders_belong_to_the_shorter_group() -> None:
+    assert group_of_lengths(array(1, 8, 9, 16, 17, 64, 65), GROUPS).tolist() == [0, 0, 1, 1, 2, 2, 3]
+    assert group_of_lengths(array(1, 8, 9), GROUPS[:1]).tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_sample_gets_the_shortest_group_that_holds_it(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    groups = [PackingGroup(name=str(n), pack_len=int(n)) for n in 2 * np.unique(rng.integers(1, 50, rng.integers(1, 6)))]
+    lengths = rng.integers(1, 110, 50).astype(np.int32)
+    want = [next((i for i, group in enumerate(groups) if length <= group.pack_len), len(groups)) for length in lengths]
+    assert group_of_lengths(lengths, groups).tolist() == want
+
+
+def test_the_overlong_are_found_in_order() -> None:
+    assert check_lengths(array(64, 65, 1, 1000), "drop", GROUPS).tolist() == [1, 3]
+    assert check_lengths(array(64, 1), "error", GROUPS).tolist() == []
+    assert check_lengths(array(65, 66), "truncate", GROUPS).tolist() == [0, 1], "all of them can be cut"
+
+
+def test_the_overlong_are_described_with_five_rows_at_most() -> None:
+    lengths = np.arange(60, 75, dtype=np.int32)
+    assert describe_overlong(np.flatnonzero(lengths > 64), lengths, GROUPS[-1]) == (
+        "10 of 15 samples are longer than pack_len=64 of the longest group 'c': "
+        "the longest has 74 tokens; first rows: 5, 6, 7, 8, 9"
+    )
+
+
+@pytest.mark.parametrize("overlong", ["error", "drop", "truncate"])
+def test_no_policy_excuses_empty_data_or_empty_samples(overlong: str) -> None:
+    with pytest.raises(PackingError, match=r"the data set is empty: there is no sample to plan; check the data files"):
+        check_lengths(array(), overlong, GROUPS)
+    with pytest.raises(PackingError, match=r"sample 2 has 0 tokens, at least 1 is needed; remove the row"):
+        check_lengths(array(100, 5, 0), overlong, GROUPS)
+
+
+def test_the_error_says_which_sample_which_group_and_the_ways_out() -> None:
+    message = (
+        r"^sample 1 has 65 tokens, group 'c' holds 64\. 2 of 3 samples are longer .* first rows: 1, 2\. "
+        r"Add a longer group, or set planner\.overlong=drop or planner\.overlong=truncate$"
+    )
+    with pytest.raises(PackingError, match=message):
+        check_lengths(array(64, 65, 66), "error", GROUPS)
+
+
+@pytest.mark.parametrize("overlong", ["Drop", "", "cut"])
+def test_other_policies_are_refused(overlong: str) -> None:
+    with pytest.raises(ConfigError, match=rf"overlong='{overlong}' must be one of error, drop, truncate"):
+        check_overlong_policy(overlong)
