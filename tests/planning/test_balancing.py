@@ -48,18 +48,18 @@ def test_a_tail_that_does_not_divide_gets_empty_partners() -> None:
 
 @pytest.mark.parametrize(("slices", "accumulation"), [(1, 4), (3, 4), (8, 4), (10, 4), (7, 1), (100, 3), (6, 4)])
 def test_steps_are_whole_and_hold_light_and_heavy_micro_steps(slices: int, accumulation: int) -> None:
-    step, place = deal_micro_steps(slices, accumulation)
+    step = deal_micro_steps(slices, accumulation)
     sizes = np.bincount(step)
     assert sizes.max() - sizes.min() <= 1
     assert len(sizes) == max(1, int(slices / accumulation + 0.5))
-    assert [sorted(place[step == s].tolist()) for s in range(len(sizes))] == [list(range(n)) for n in sizes]
+    assert len(step) == slices
     if len(sizes) > 1 and sizes.min() > 1:
         halves = [np.flatnonzero(step == s) for s in range(len(sizes))]
         assert all(members.min() < slices / 2 <= members.max() for members in halves)
 
 
 def test_samples_that_do_not_fit_when_dealt_stay_in_their_packs() -> None:
-    # Dealt over eight packs, the three of 3 pairs up to 6 and the 2s strand one that finds no room of 2 left.
+    # Dealt, each of eight packs would take a 3 and a 2, and the ninth 2 would find only room of 1.
     packs, lengths = [], []
     for parts in ([3, 3], [2, 2, 2], [2, 2, 2], [2, 2, 2], [3, 3], [3, 3], [3, 3]):
         packs.append(np.arange(len(lengths), len(lengths) + len(parts)))

@@ -51,7 +51,7 @@ def spread_tail(packs: list[Pack], lengths: NDArray[np.int32], *, num_replicas: 
     return [*(np.array(ids, dtype=np.int64) for ids in dealt), *packs[num_tail:]]
 
 
-def deal_micro_steps(num_slices: int, accumulation: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def deal_micro_steps(num_slices: int, accumulation: int) -> NDArray[np.int64]:
     """Deal a group's micro-steps, sorted by work, to optimizer steps, so that each step holds light and heavy ones.
 
     Args:
@@ -59,8 +59,7 @@ def deal_micro_steps(num_slices: int, accumulation: int) -> tuple[NDArray[np.int
         accumulation: wanted micro-steps per optimizer step; no partial step is made, some hold one more or less.
 
     Returns:
-        ``int64[num_slices]`` each: the step of a micro-step, and its place in that step.
+        ``int64[num_slices]``, the step of each micro-step.
     """
     num_steps = max(1, int(num_slices / accumulation + 0.5))
-    index = np.arange(num_slices)
-    return index % num_steps, index // num_steps
+    return np.arange(num_slices) % num_steps

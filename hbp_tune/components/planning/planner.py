@@ -147,7 +147,7 @@ class BalancePlanner:
             packs = sort_by_attention(packs, lengths)
         packs = spread_tail(packs, lengths, num_replicas=num_replicas, pack_len=group.pack_len)
         slices = [packs[i : i + num_replicas] for i in range(0, len(packs), num_replicas)]
-        step_of, _ = deal_micro_steps(len(slices), self.accumulation(group, world_size))
+        step_of = deal_micro_steps(len(slices), self.accumulation(group, world_size))
         steps: list[list[list[Pack]]] = [[] for _ in range(int(step_of.max()) + 1)]
         for step, micro_step in zip(step_of, slices, strict=True):
             steps[step].append(micro_step)
