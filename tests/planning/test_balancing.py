@@ -75,6 +75,14 @@ def test_packs_that_divide_stay_as_they_are() -> None:
     assert spread_tail(packs, lengths, num_replicas=1, pack_len=6) is packs
 
 
+def test_a_pack_may_be_dealt_full() -> None:
+    # Least work first, 1 would go to the 4, then to 3 and 2: at 5 of 5 tokens the pack of 3 and 2 is full, not over.
+    lengths = np.array([3, 2, 3, 2, 3, 2], dtype=np.int32)
+    packs = [np.array([0, 1]), np.array([2, 3]), np.array([4, 5])]
+    spread = spread_tail(packs, lengths, num_replicas=4, pack_len=5)
+    assert [pack.tolist() for pack in spread] == [[0, 5], [2], [4], [1, 3]]
+
+
 def test_only_the_first_packs_are_dealt_again() -> None:
     lengths = np.array([1, 1, 2, 2, 6, 6, 6, 6], dtype=np.int32)
     packs = [np.array([0, 1, 2, 3]), *(np.array([i]) for i in range(4, 8))]
@@ -86,7 +94,7 @@ def test_only_the_first_packs_are_dealt_again() -> None:
 def test_steps_are_about_as_large_as_asked(seed: int) -> None:
     rng = np.random.default_rng(seed)
     slices, accumulation = int(rng.integers(1, 500)), int(rng.integers(1, 40))
-    step, _ = deal_micro_steps(slices, accumulation)
+    step = deal_micro_steps(slices, accumulation)
     num_steps = int(step.max()) + 1
     # Of all numbers of whole steps, none comes closer; few micro-steps make one step.
     assert abs(slices / accumulation - num_steps) <= 0.5 or (num_steps == 1 and slices < accumulation)

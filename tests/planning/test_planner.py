@@ -180,6 +180,27 @@ def test_curriculum_orders_steps_and_changes_nothing_else(two_groups: Groups, dr
     assert (plain.pack_group[plain.pack_step < 5] == 1).any()
 
 
+def test_a_curriculum_counts_the_steps_of_earlier_epochs(two_groups: Groups) -> None:
+    lengths = np.array([64] * 16 + [256] * 16, dtype=np.int32)
+    trained = {}
+    for first_step in (0, 3, 5):
+        plan = BalancePlanner().plan(
+            lengths, lengths, two_groups, world_size=2, seed=0, epoch=1, curriculum=ShortFirst(steps=5), first_step=first_step
+        )
+        trained[first_step] = int(np.argmax(plan.pack_group == 1)) // 2  # short steps before the first long one
+    assert trained == {0: 5, 3: 2, 5: 0}
+
+
+def test_steps_of_a_group_are_shuffled_by_seed_and_epoch() -> None:
+    # Every pack is one sample and has its own length: only the order of steps can differ.
+    lengths, groups = np.arange(33, 65, dtype=np.int32), (PackingGroup(name="all", pack_len=64),)
+    plans = [plan_of(lengths, groups, world_size=2, seed=seed, epoch=epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    steps = [[tuple(pair) for pair in plan.sample_ids.reshape(-1, 2).tolist()] for plan in plans]
+    assert sorted(steps[0]) == [(i, i + 1) for i in range(0, 32, 2)], "neighbours by attention work share a step"
+    assert all(sorted(other) == sorted(steps[0]) for other in steps)
+    assert len({tuple(order) for order in [*steps, sorted(steps[0])]}) == 5
+
+
 def test_windows_of_steps(two_groups: Groups, draw_lengths: Callable[[int], Lengths]) -> None:
     plan = plan_of(draw_lengths(3), two_groups)
     whole = plan.indices_for_rank(2).tolist()

@@ -111,3 +111,8 @@ def test_every_number_counts_in_the_hash(plan: EpochPlan, field: str) -> None:
     assert dataclasses.replace(plan, **{field: values}).hash == plan.hash
     values[-1] += 1
     assert dataclasses.replace(plan, **{field: values}).hash != plan.hash
+
+
+def test_the_hash_tells_worlds_and_groups_apart(plan: EpochPlan) -> None:
+    renamed = tuple(groups(("short", 8, 1), ("longer", 16, 2)))
+    assert len({plan.hash, dataclasses.replace(plan, world_size=4).hash, dataclasses.replace(plan, groups=renamed).hash}) == 3

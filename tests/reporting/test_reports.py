@@ -82,8 +82,10 @@ def test_figures_by_hand(width: int) -> None:
     assert "min 6  median 64  p90 250  p99 250  max 250 tokens" in text
 
 
-def test_a_group_without_samples_has_no_figures() -> None:
-    assert cells(printed(np.array([5], dtype=np.int32), 80), "long") == ["256", "2", "3", "0", "0", "0", "-", "-"]
+def test_empty_packs_and_groups_count_nothing() -> None:
+    text = printed(np.array([5], dtype=np.int32), 80)
+    assert cells(text, "short") == ["64", "1", "0", "1", "1", "1", "1.0", "5"], "the other rank's empty pack is no pack"
+    assert cells(text, "long") == ["256", "2", "3", "0", "0", "0", "-", "-"]
 
 
 @pytest.mark.parametrize("width", [80, 120])

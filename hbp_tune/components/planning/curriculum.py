@@ -71,7 +71,7 @@ class ShortFirst:
             )
         wanted = max(0, self.steps - first_step)
         short_steps = np.flatnonzero(is_short[step_groups])
-        if wanted > len(short_steps):
+        if len(short_steps) < min(wanted, len(step_groups)):
             warnings.warn(
                 f"curriculum.steps={self.steps} asks for {wanted} short steps in this epoch, which has {len(short_steps)}; "
                 f"longer groups follow after these",
