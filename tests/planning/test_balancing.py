@@ -40,12 +40,6 @@ def test_spread_tail_keeps_samples_capacity_and_a_multiple_of_the_replicas(seed:
     assert all(lengths[pack].sum() <= pack_len for pack in spread)
 
 
-def test_a_tail_that_does_not_divide_gets_empty_partners() -> None:
-    lengths = np.array([6, 6, 6], dtype=np.int32)
-    spread = spread_tail([np.array([0]), np.array([1]), np.array([2])], lengths, num_replicas=4, pack_len=10)
-    assert sorted(len(pack) for pack in spread) == [0, 1, 1, 1]
-
-
 @pytest.mark.parametrize(("slices", "accumulation"), [(1, 4), (3, 4), (8, 4), (10, 4), (7, 1), (100, 3), (6, 4)])
 def test_steps_are_whole_and_hold_light_and_heavy_micro_steps(slices: int, accumulation: int) -> None:
     step = deal_micro_steps(slices, accumulation)
@@ -76,7 +70,7 @@ def test_packs_that_divide_stay_as_they_are() -> None:
 
 
 def test_a_pack_may_be_dealt_full() -> None:
-    # Least work first, 1 would go to the 4, then to 3 and 2: at 5 of 5 tokens the pack of 3 and 2 is full, not over.
+    # The last 2 finds 4 of 5 tokens in the pack with the least work, and makes the next one exactly full.
     lengths = np.array([3, 2, 3, 2, 3, 2], dtype=np.int32)
     packs = [np.array([0, 1]), np.array([2, 3]), np.array([4, 5])]
     spread = spread_tail(packs, lengths, num_replicas=4, pack_len=5)

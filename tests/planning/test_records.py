@@ -114,5 +114,7 @@ def test_every_number_counts_in_the_hash(plan: EpochPlan, field: str) -> None:
 
 
 def test_the_hash_tells_worlds_and_groups_apart(plan: EpochPlan) -> None:
-    renamed = tuple(groups(("short", 8, 1), ("longer", 16, 2)))
-    assert len({plan.hash, dataclasses.replace(plan, world_size=4).hash, dataclasses.replace(plan, groups=renamed).hash}) == 3
+    longer = tuple(groups(("short", 8, 1), ("long", 32, 2)))
+    assert len({plan.hash, dataclasses.replace(plan, world_size=4).hash, dataclasses.replace(plan, groups=longer).hash}) == 3
+    renamed = tuple(groups(("short", 8, 1), ("other", 16, 2)))
+    assert dataclasses.replace(plan, groups=renamed).hash == plan.hash, "a name changes nothing that is trained"

@@ -120,6 +120,16 @@ def test_another_world_size_is_refused(ranks: Callable[[int], RankPool], tmp_pat
         ranks(4).run(run_recipe_job, make_config(tmp_path, resume_from_checkpoint=True))
 
 
+def test_recomputed_layers_may_change_in_mid_epoch(
+    ranks: Callable[[int], RankPool], tmp_path: Path, uninterrupted: list[dict[str, Any]]
+) -> None:
+    ranks(2).run(run_until_crash_job, make_config(tmp_path), 4)
+    cfg = make_config(tmp_path, resume_from_checkpoint=True)
+    for group in cfg.groups:
+        group.ac_layers = 3
+    assert numbers(ranks(2).run(run_recipe_job, cfg)[0]) == numbers(uninterrupted[3:])
+
+
 def test_a_saved_seed_replaces_the_configured_one(
     ranks: Callable[[int], RankPool], tmp_path: Path, uninterrupted: list[dict[str, Any]]
 ) -> None:

@@ -52,7 +52,7 @@ def check_lengths(lengths: NDArray[np.int32], overlong: str, groups: Sequence[Pa
     longest = groups[-1]
     if len(lengths) == 0:
         raise PackingError("the data set is empty: there is no sample to plan; check the data files and filters")
-    if (shortest := int(np.argmin(lengths))) >= 0 and lengths[shortest] < 1:
+    if lengths[shortest := int(np.argmin(lengths))] < 1:
         raise PackingError(f"sample {shortest} has {lengths[shortest]} tokens, at least 1 is needed; remove the row")
     overlong_ids = np.flatnonzero(lengths > longest.pack_len)
     if len(overlong_ids) and overlong == "error":

@@ -35,7 +35,7 @@ class PackingGroup:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"group {self.name!r}: {field}={value!r} must be a whole number of at least {least}")
-        # Head-tail sharding cuts each pack into two chunks per cp rank.
+        # Two chunks per cp rank: every scheme can share a pack out evenly, those that pair a head with a tail chunk too.
         if self.pack_len % (2 * self.cp_degree):
             raise ConfigError(
                 f"group {self.name!r}: pack_len={self.pack_len} must be a multiple of "
@@ -142,8 +142,12 @@ class EpochPlan:
 
     @property
     def hash(self) -> str:
-        """A SHA-256 over everything that decides what is trained when; equal plans have equal hashes on every machine."""
-        digest = hashlib.sha256(repr((self.groups, self.world_size)).encode())
+        """A SHA-256 over everything that decides what is trained when; equal plans have equal hashes on every machine.
+
+        Group names and recomputed layers have no part in that: they may change in the middle of an epoch.
+        """
+        shapes = [(group.pack_len, group.cp_degree) for group in self.groups]
+        digest = hashlib.sha256(repr((shapes, self.world_size)).encode())
         for field in ("sample_ids", "lengths", "pack_offsets", "pack_group", "pack_step", "pack_micro_step", "pack_first_rank"):
             digest.update(np.ascontiguousarray(getattr(self, field)).tobytes())
         return digest.hexdigest()
@@ -176,8 +180,8 @@ class EpochPlan:
         group = self.groups[self.pack_group[index]]
         cp_rank = rank - int(self.pack_first_rank[index])
         assert 0 <= cp_rank < group.cp_degree, f"rank {rank} has no part in pack {index}"
-        # Packs are in training order and every micro-step holds world_size / cp_degree of them.
-        following = index + self.world_size // group.cp_degree - int(self.pack_first_rank[index]) // group.cp_degree
+        # Packs are in training order and every micro-step of a step holds world_size / cp_degree of them.
+        following = index + self.world_size // group.cp_degree
         return PlannedPack(
             index=index,
             group=group,

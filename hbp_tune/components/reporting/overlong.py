@@ -22,12 +22,13 @@ def report_overlong(plan: EpochPlan, lengths: NDArray[np.int32], sources: NDArra
     Returns:
         One line for people, or nothing where every sample fits.
     """
+    path = directory / "overlong.csv"
+    path.unlink(missing_ok=True)  # an earlier run's
     for what, ids in (("dropped", plan.dropped), ("truncated", plan.truncated)):
         if not len(ids):
             continue
         first_of_source = np.searchsorted(sources, np.arange(int(sources[-1]) + 1))
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "overlong.csv"
         with path.open("w", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(("sample_id", "dataset", "row", "num_tokens"))
