@@ -98,7 +98,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self.world_size, self.rank = utils.get_world_size_and_rank()
         self._is_rank_zero = self.rank == 0
         self._output_dir = Path(cfg.output_dir)
-        self._log_every_n_steps = cfg.get("log_every_n_steps", 1)
+        self._log_every_n_steps = cfg.get("log_every_n_steps") or 1
         self._log_peak_memory_stats = cfg.get("log_peak_memory_stats", False) and self._device.type == "cuda"
         self._clip_grad_norm = float(cfg.get("clip_grad_norm") or "inf")
         self._save_every_n_steps = cfg.get("save_every_n_steps")
@@ -129,6 +129,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         if position is not None:
             self._update_recipe_state(position)
         self._steps_per_epoch = self._setup_plan(cfg.epochs, cfg.get("max_steps"))
+        if position is not None and position.epoch < len(self._plan_hashes):  # else nothing is left to train
+            check_plan_hash(position, self._plan_hashes[position.epoch])
         self._num_workers = cfg.get("num_workers") or 0
 
         self._checkpointer = build("checkpointer", cfg.checkpointer)
@@ -197,6 +199,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             ConfigError: a document is longer than the positions that the model encodes.
         """
         steps_per_epoch: list[int] = []
+        self._plan_hashes: list[str] = []
         while len(steps_per_epoch) < epochs and (max_steps is None or sum(steps_per_epoch) < max_steps):
             plan = self._plan_epoch(len(steps_per_epoch), first_step=sum(steps_per_epoch))
             if not steps_per_epoch and self._is_rank_zero:
@@ -209,6 +212,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
                 )
             left = plan.num_steps if max_steps is None else max_steps - sum(steps_per_epoch)
             steps_per_epoch.append(min(plan.num_steps, left))
+            self._plan_hashes.append(plan.hash)
         return steps_per_epoch
 
     def _plan_epoch(self, epoch: int, *, first_step: int) -> EpochPlan:
@@ -265,8 +269,6 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     def _resume(self, position: Position) -> None:
         """Take up weights, optimizer, schedule and random state where the last completed step left them."""
-        plan = self._plan_epoch(self.epoch, first_step=sum(self._steps_per_epoch[: self.epoch]))
-        check_plan_hash(position, plan.hash)
         self._progress.load(position, model=self._model, optimizer=self._optimizer, lr_scheduler=self._lr_scheduler)
         total_steps = sum(self._steps_per_epoch)
         if position.total_steps != total_steps:
@@ -284,7 +286,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
     def _epoch_batches(self, epoch: int) -> Iterator[PackBatch]:
         """Load this rank's packs of an epoch, from the first step that is not done."""
         plan = self._plan_epoch(epoch, first_step=sum(self._steps_per_epoch[:epoch]))
-        self._plan_hash, self._tokens_per_step = plan.hash, tokens_per_step(plan)
+        self._tokens_per_step = tokens_per_step(plan)
         weights = self._loss.document_weights(plan, self._num_targets)
         dataset = HierarchicalPackedDataset(self._store, plan, weights, self.rank)
         indices = plan.indices_for_rank(self.rank, first_step=self.epoch_step, last_step=self._steps_per_epoch[epoch])
@@ -362,7 +364,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             epoch=self.epoch,
             epoch_step=self.epoch_step,
             seed=self.seed,
-            plan_hash=self._plan_hash,
+            plan_hash=self._plan_hashes[self.epoch],
             total_steps=sum(self._steps_per_epoch),
         )
         folder = self._progress.save(position, model=self._model, optimizer=self._optimizer, lr_scheduler=self._lr_scheduler)

@@ -144,7 +144,7 @@ def local_files(cfg: Mapping[str, Any]) -> list[Path]:
 
 def _datasets(cfg: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     dataset = cfg["dataset"]
-    return [dataset] if isinstance(dataset, Mapping) or hasattr(dataset, "keys") else list(dataset)
+    return [dataset] if hasattr(dataset, "keys") else list(dataset)
 
 
 def _strings(node: Any) -> Iterator[str]:

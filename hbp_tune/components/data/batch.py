@@ -8,6 +8,9 @@ from torch import Tensor
 
 from hbp_tune.components.planning.records import PackingGroup
 
+# Label of tokens that do not count toward the loss: torch's default for cross_entropy, and torchtune's.
+IGNORE_INDEX = -100
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PackBatch:

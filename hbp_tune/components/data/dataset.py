@@ -6,12 +6,10 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from hbp_tune.components.data.batch import PackBatch
+from hbp_tune.components.data.batch import IGNORE_INDEX, PackBatch
 from hbp_tune.components.data.store import TokenStore
 from hbp_tune.components.planning.records import EpochPlan
 from hbp_tune.components.planning.sharding import local_rows, padded_len
-
-_IGNORE_INDEX = -100  # torch's own default for cross_entropy
 
 
 class HierarchicalPackedDataset(Dataset[PackBatch]):
@@ -47,13 +45,13 @@ class HierarchicalPackedDataset(Dataset[PackBatch]):
 
         padded = np.zeros(slots, dtype=np.int64)
         padded[:num_tokens] = tokens
-        labels = np.full(slots, _IGNORE_INDEX, dtype=np.int64)
-        labels[: max(0, num_tokens - 1)] = np.where(is_target[1:], tokens[1:], _IGNORE_INDEX)
-        labels[ends - 1] = _IGNORE_INDEX  # the last token of a document must not predict the next document's first
+        labels = np.full(slots, IGNORE_INDEX, dtype=np.int64)
+        labels[: max(0, num_tokens - 1)] = np.where(is_target[1:], tokens[1:], IGNORE_INDEX)
+        labels[ends - 1] = IGNORE_INDEX  # the last token of a document must not predict the next document's first
         span = slice(self._plan.pack_offsets[pack.index], self._plan.pack_offsets[pack.index + 1])
         weights = np.zeros(slots, dtype=np.float32)
         weights[:num_tokens] = np.repeat(self._document_weights[span], pack.lengths)
-        weights[labels == _IGNORE_INDEX] = 0.0
+        weights[labels == IGNORE_INDEX] = 0.0
         positions = np.arange(slots) - np.repeat(ends - doc_lens, doc_lens)
 
         rows = local_rows(slots, pack.cp_rank, pack.group.cp_degree)

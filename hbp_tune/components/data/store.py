@@ -16,11 +16,11 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from hbp_tune.components.data.batch import IGNORE_INDEX
 from hbp_tune.components.planning.errors import DataError, HbpError
 
 # Below this many rows a further process costs more to start than it saves.
 _ROWS_PER_PROCESS = 500
-_IGNORE_INDEX = -100  # what torchtune's data sets mark masked labels with
 _POLL_S = 0.1
 
 
@@ -201,10 +201,10 @@ def _tokenize(row: dict[str, int], *, sources: Sequence[SampleSource], starts: N
             f"row {local_row} of data set {source} is no conversation that its component can read: "
             f"{type(error).__name__}: {error}. Check the row, conversation_column and conversation_style"
         ) from error
-    is_target = labels != _IGNORE_INDEX
+    is_target = labels != IGNORE_INDEX
     if len(labels) != len(tokens) or (labels[is_target] != tokens[is_target]).any():
         raise DataError(
-            f"row {local_row} of data set {source}: labels must equal tokens or be {_IGNORE_INDEX}; this component gives others"
+            f"row {local_row} of data set {source}: labels must equal tokens or be {IGNORE_INDEX}; this component gives others"
         )
     return {
         "tokens": tokens,

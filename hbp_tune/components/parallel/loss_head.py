@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Label of tokens that do not count toward the loss.
-IGNORE_INDEX = -100
+from hbp_tune.components.data.batch import IGNORE_INDEX
+
 # fp32 logits of one chunk; 256 MiB is 512 tokens of a 128K vocabulary.
 _CHUNK_BYTES = 2**28
 

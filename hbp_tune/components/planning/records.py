@@ -144,7 +144,7 @@ class EpochPlan:
     def hash(self) -> str:
         """A SHA-256 over everything that decides what is trained when; equal plans have equal hashes on every machine.
 
-        Group names and recomputed layers have no part in that: they may change in the middle of an epoch.
+        Recomputed layers have no part in that: they may change in the middle of an epoch.
         """
         shapes = [(group.pack_len, group.cp_degree) for group in self.groups]
         digest = hashlib.sha256(repr((shapes, self.world_size)).encode())
