@@ -7,7 +7,8 @@ from torchtune.models.qwen2 import qwen2
 
 from hbp_tune.components import ConfigError, adapt_decoder
 from hbp_tune.components.models import torchtune_seam
-from hbp_tune.components.models.torchtune_decoder import separate_units
+from hbp_tune.components.models.torchtune_decoder import model_shape, separate_units
+from hbp_tune.components.planning.cost import LLAMA3_1_8B, ModelShape
 from hbp_tune.demo.model import build
 from tests.helpers import SHAPE
 
@@ -60,3 +61,15 @@ def test_separate_units() -> None:
         separate_units(untied, ["head"])
     tied = qwen2(**TINY, num_kv_heads=2, tie_word_embeddings=True)
     assert separate_units(tied, ["tok_embeddings", "output"]) == []
+
+
+def test_what_decides_the_cost_of_a_model() -> None:
+    # Two layers of 16 x (16 + 16 query and output, 8 + 8 key and value, 3 x 32) and two norms each, one norm, one head.
+    by_hand = ModelShape(num_layers=2, linear_params=2 * (16 * 144 + 2 * 16) + 16 + 16 * 32, attention_dim=16)
+    untied = llama3_1(**TINY, num_kv_heads=2)
+    assert model_shape(untied) == by_hand
+    adapt_decoder(untied)
+    assert model_shape(untied) == by_hand
+    with torch.device("meta"):
+        assert model_shape(llama3_1_8b()) == LLAMA3_1_8B
+        assert model_shape(llama3_2_1b()) == ModelShape(num_layers=16, linear_params=1_235_814_400, attention_dim=2048), "tied"

@@ -6,6 +6,8 @@ from numpy.typing import NDArray
 
 from hbp_tune.components.planning.records import PackingGroup
 
+pytest.register_assert_rewrite("tests.planning.helpers")
+
 
 @pytest.fixture
 def two_groups() -> tuple[PackingGroup, ...]:

@@ -123,7 +123,7 @@ def test_no_sample_and_one_sample(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "stream", "choose"),
     [
-        ("first_fit_shuffle", "first fit", lambda rooms: rooms[0]),
+        ("first_fit_shuffle", "baseline", lambda rooms: rooms[0]),
         ("best_fit_shuffle", "baseline", min),
         ("first_fit_decreasing", None, lambda rooms: rooms[0]),
         ("best_fit_decreasing", None, min),

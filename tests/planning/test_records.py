@@ -1,10 +1,11 @@
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 
 from hbp_tune.components.planning.errors import ConfigError
-from hbp_tune.components.planning.records import EpochPlan, PackingGroup, check_groups
+from hbp_tune.components.planning.records import EpochPlan, PackingGroup, check_groups, check_saved_plan
 
 
 def test_a_group_is_valid_once_it_exists() -> None:
@@ -118,3 +119,49 @@ def test_the_hash_tells_worlds_and_groups_apart(plan: EpochPlan) -> None:
     assert len({plan.hash, dataclasses.replace(plan, world_size=4).hash, dataclasses.replace(plan, groups=longer).hash}) == 3
     renamed = tuple(groups(("short", 8, 1), ("other", 16, 2)))
     assert dataclasses.replace(plan, groups=renamed).hash == plan.hash, "a name changes nothing that is trained"
+
+
+DATA = np.array([4, 3, 5, 8, 16], dtype=np.int32)  # of `plan`
+
+
+def test_a_saved_plan_is_taken_with_the_runs_recomputation(plan: EpochPlan) -> None:
+    recomputing = [dataclasses.replace(group, ac_layers=3) for group in plan.groups]
+    taken = check_saved_plan([plan, plan], 1, DATA, recomputing, world_size=2)
+    assert taken.hash == plan.hash
+    assert [group.ac_layers for group in taken.groups] == [3, 3]
+
+
+def test_a_saved_plan_may_cut_and_drop(plan: EpochPlan) -> None:
+    cut = dataclasses.replace(plan, truncated=np.array([4], dtype=np.int32))
+    assert check_saved_plan([cut], 0, np.array([4, 3, 5, 8, 90], dtype=np.int32), plan.groups, world_size=2).hash == plan.hash
+    dropping = dataclasses.replace(plan, dropped=np.array([5], dtype=np.int32))
+    assert check_saved_plan([dropping], 0, np.append(DATA, np.int32(90)), plan.groups, world_size=2).hash == plan.hash
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": 2}, r"the saved plan has 2 epochs, the run has more; plan again with the run's epochs"),
+        ({"world_size": 4}, r"the saved plan is for 2 ranks, the run has 4; plan again for these"),
+        (
+            {"groups": groups(("short", 8, 1), ("long", 32, 2))},
+            r"the saved plan has groups .*\('long', 16, 2\)\] .* the run .*'long', 32, 2\)\]; plan again",
+        ),
+        ({"lengths": DATA[:4]}, r"the saved plan holds 5 samples, the data 4; plan again with these data"),
+        ({"lengths": np.append(DATA, DATA)}, r"the saved plan holds 5 samples, the data 10"),
+        (
+            {"lengths": np.array([4, 3, 5, 7, 16], dtype=np.int32)},
+            r"sample 3 has 7 tokens, in the saved plan 8; the plan is of other data or lengths were estimated: plan again",
+        ),
+    ],
+)
+def test_a_saved_plan_of_another_run_is_refused(plan: EpochPlan, change: dict[str, Any], message: str) -> None:
+    run = {"epoch": 0, "lengths": DATA, "groups": plan.groups, "world_size": 2} | change
+    with pytest.raises(ConfigError, match=message):
+        check_saved_plan([plan, plan], **run)
+
+
+def test_a_saved_plan_of_as_many_other_samples_is_refused(plan: EpochPlan) -> None:
+    beyond = dataclasses.replace(plan, sample_ids=np.array([3, 0, 1, 2, 5], dtype=np.int32))
+    with pytest.raises(ConfigError, match=r"the saved plan holds 5 samples, the data 5"):
+        check_saved_plan([beyond], 0, DATA, plan.groups, world_size=2)

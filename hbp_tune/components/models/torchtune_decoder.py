@@ -11,6 +11,7 @@ from torchtune.modules.tied_linear import TiedLinear
 from hbp_tune.components.models.torchtune_seam import replace_attention_call
 from hbp_tune.components.parallel.loss_head import weighted_cross_entropy
 from hbp_tune.components.parallel.parallelize import PackContext
+from hbp_tune.components.planning.cost import ModelShape
 from hbp_tune.components.planning.errors import ConfigError
 
 
@@ -67,6 +68,21 @@ def adapt_decoder(model: nn.Module) -> DecoderParts:
         decoder.output.__class__ = LossLinear
     decoder.__class__ = LossDecoder
     return parts
+
+
+def model_shape(model: nn.Module) -> ModelShape:
+    """Measure what decides a decoder's cost, before or after `adapt_decoder`; weights on the meta device are enough.
+
+    An input embedding is only looked up, so its weights count where the output projection multiplies by them: when tied.
+    """
+    decoder = cast(Any, model)
+    attention = decoder.layers[0].attn
+    linear_params = sum(parameter.numel() for parameter in decoder.parameters())  # a shared one once
+    if not isinstance(decoder.output, TiedLinear):
+        linear_params -= sum(parameter.numel() for parameter in decoder.tok_embeddings.parameters())
+    return ModelShape(
+        num_layers=len(decoder.layers), linear_params=linear_params, attention_dim=attention.num_heads * attention.head_dim
+    )
 
 
 def separate_units(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:

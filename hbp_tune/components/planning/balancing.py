@@ -1,13 +1,13 @@
-"""Packs to optimizer steps, so that the ranks of one micro-step have like attention work."""
-
-import heapq
-from collections.abc import Sequence
+"""Packs to optimizer steps, so that the ranks of one micro-step have like work."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-# One pack while it is planned: the ids of its samples, in order.
-Pack = NDArray[np.int64]
+from hbp_tune.components.planning.cost import CostModel
+from hbp_tune.components.planning.lpt import lpt
+from hbp_tune.components.planning.packs import Packs
+
+SORTS = ("attention", "cost", "tokens", None)
 
 
 def attention_work(lengths: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -15,40 +15,56 @@ def attention_work(lengths: NDArray[np.int32]) -> NDArray[np.int64]:
     return lengths.astype(np.int64) ** 2
 
 
-def sort_by_attention(packs: Sequence[Pack], lengths: NDArray[np.int32]) -> list[Pack]:
-    """Sort packs by attention work, so that neighbours cost alike (HBP paper, Algorithm 2, balance batching)."""
-    work = np.array([attention_work(lengths[pack]).sum() for pack in packs], dtype=np.int64)
-    return [packs[i] for i in np.argsort(work, kind="stable")]
+def work_by(sort_by: str | None, lengths: NDArray[np.int32], cost: CostModel) -> NDArray[np.int64]:
+    """Work of each document by what packs are sorted by: attention, modelled cost or tokens; attention where unsorted."""
+    if sort_by == "cost":
+        return cost.sample_cost(lengths)
+    return lengths.astype(np.int64) if sort_by == "tokens" else attention_work(lengths)
 
 
-def spread_tail(packs: list[Pack], lengths: NDArray[np.int32], *, num_replicas: int, pack_len: int) -> list[Pack]:
+def spread_tail(packs: Packs, lengths: NDArray[np.int32], *, num_replicas: int, pack_len: int) -> Packs:
     """Make the number of packs a multiple of the replicas without leaving replicas idle.
 
-    The first ``len(packs) % num_replicas`` packs are dealt out again over ``num_replicas`` packs, longest sample first
-    to the pack with the least attention work that has room (LPT). They should be those with the least attention work:
-    many short samples, which divide well. Where there are fewer samples than replicas, packs stay empty.
+    As many neighbouring packs as are too many are dealt out again over ``num_replicas`` packs, longest sample first to the
+    pack with the least attention work that has room (LPT). Of packs sorted by work, those are taken whose removal lets the
+    others go together best: few and small samples divide well, and where neighbours are unlike, as packs of nothing but
+    small samples are unlike the next, no micro-step holds both. Where there are fewer samples than replicas, packs stay
+    empty.
 
     Returns:
-        The packs, the spread ones first; their number is a multiple of ``num_replicas``.
+        The packs, in their order but for the spread ones, which come first; a multiple of ``num_replicas``.
     """
     num_tail = len(packs) % num_replicas
     if not num_tail:
         return packs
-    tail_ids = np.concatenate(packs[:num_tail])
-    dealt: list[list[int]] = [[] for _ in range(num_replicas)]
-    load = [(0, 0, replica) for replica in range(num_replicas)]  # (attention work, tokens, replica)
-    for sample in tail_ids[np.argsort(-lengths[tail_ids], kind="stable")]:
-        length = int(lengths[sample])
-        tried = []
-        while load and load[0][1] + length > pack_len:
-            tried.append(heapq.heappop(load))
-        if not load:  # very full tails of long samples may not divide: leave them as they were, with empty partners
-            return [*packs[:num_tail], *(np.empty(0, dtype=np.int64) for _ in range(num_replicas - num_tail)), *packs[num_tail:]]
-        work, tokens, replica = heapq.heappop(load)
-        dealt[replica].append(int(sample))
-        for entry in (*tried, (work + length * length, tokens + length, replica)):
-            heapq.heappush(load, entry)
-    return [*(np.array(ids, dtype=np.int64) for ids in dealt), *packs[num_tail:]]
+    first = _best_tail(packs, lengths, num_tail, num_replicas)
+    tail = packs.span(first, first + num_tail)
+    ids = tail.ids[np.argsort(-lengths[tail.ids], kind="stable")]
+    place = np.empty(len(ids), dtype=np.int64)
+    if lpt(lengths[ids].astype(np.int64), 0, num_replicas, pack_len, place):
+        # Very full tails of long samples may not divide: leave them as they were, with empty partners.
+        spread = tail.padded(num_replicas)
+    else:
+        spread = Packs.from_places(ids, place, num_replicas)
+    return Packs.joined([spread, packs.span(0, first), packs.span(first + num_tail, len(packs))])
+
+
+def _best_tail(packs: Packs, lengths: NDArray[np.int32], num_tail: int, num_replicas: int) -> int:
+    """Say where the tail's packs start: a multiple of ``num_replicas``, so that whole micro-steps lie before and after."""
+    work = packs.sums(attention_work(lengths))
+    num_slices = len(packs) // num_replicas
+    idle = [
+        np.append(1.0 - part.mean(axis=1) / part.max(axis=1), 0.0)  # of each micro-step, where the tail lies behind or before it
+        for part in (work[: num_slices * num_replicas].reshape(-1, num_replicas), work[num_tail:].reshape(-1, num_replicas))
+    ]
+    before = np.cumsum(np.append(0.0, idle[0][:-1]))
+    after = np.cumsum(idle[1][::-1])[::-1]
+    # Dealt out, the tail's longest sample sets the pace unless there is work enough for the others.
+    starts = np.arange(num_slices + 1) * num_replicas
+    tail_work = np.add.reduceat(np.append(work, 0), np.stack((starts, starts + num_tail), axis=1).ravel())[::2] / num_replicas
+    longest = np.maximum.reduceat(lengths[packs.ids], packs.offsets[:-1])
+    longest_work = attention_work(np.array([longest[start : start + num_tail].max() for start in starts]))
+    return int(np.argmin(before + after + 1.0 - tail_work / np.maximum(tail_work, longest_work))) * num_replicas
 
 
 def deal_micro_steps(num_slices: int, accumulation: int) -> NDArray[np.int64]:

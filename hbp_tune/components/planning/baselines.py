@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hbp_tune.components.planning.errors import ConfigError
 from hbp_tune.components.planning.hashing import hashed_order
-from hbp_tune.components.planning.packing import FirstFit, Packer, first_fit
+from hbp_tune.components.planning.packing import Packer, first_fit
 
 
 class NoPacking:
@@ -98,8 +98,13 @@ class ISF:
         return place
 
 
-class FirstFitShuffle(FirstFit):
-    """Shuffled samples, each into the first pack with room: FFS in the HBP paper's comparison, and `FirstFit` here."""
+class FirstFitShuffle:
+    """Shuffled samples, each into the first pack with room: FFS in the HBP paper's comparison."""
+
+    def place(self, lengths: NDArray[np.int32], pack_len: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Place by first-fit in an order that each epoch draws anew."""
+        order = _shuffled(lengths, seed, epoch)
+        return _in_data_order(order, first_fit(lengths[order], pack_len))
 
 
 class FirstFitDecreasing:

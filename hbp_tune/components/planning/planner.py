@@ -1,48 +1,94 @@
-"""`BalancePlanner`: lengths and groups to the plan of an epoch, in the order of the paper's Algorithm 2."""
+"""`BalancePlanner`: lengths and groups to the plan of an epoch."""
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hbp_tune.components.planning.balancing import Pack, deal_micro_steps, sort_by_attention, spread_tail
+from hbp_tune.components.planning.balancing import SORTS, deal_micro_steps, spread_tail, work_by
+from hbp_tune.components.planning.cost import CostModel
 from hbp_tune.components.planning.curriculum import Curriculum, Interleave
 from hbp_tune.components.planning.errors import ConfigError, PackingError
 from hbp_tune.components.planning.groups import check_lengths, check_overlong_policy, group_of_lengths
 from hbp_tune.components.planning.hashing import hashed_order
-from hbp_tune.components.planning.packing import first_fit, greedy_fill
+from hbp_tune.components.planning.leveling import cost_limit, fill_level, group_by_cost, level_heavy, level_windows
+from hbp_tune.components.planning.packing import FirstFit, Packer, greedy_fill
+from hbp_tune.components.planning.packs import Packs
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup, check_groups
+
+MODES = ("cost", "paper")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupSteps:
+    """Optimizer steps of one group, before groups are mixed.
+
+    Args:
+        group: index into the groups.
+        packs: micro-step after micro-step, one pack per replica.
+        step_of_slice: ``int64[micro-steps]``, the step of each micro-step, counted from 0 without gaps.
+    """
+
+    group: int
+    packs: Packs
+    step_of_slice: NDArray[np.int64]
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        return int(self.step_of_slice.max()) + 1
 
 
 class BalancePlanner:
-    """Plans an epoch by hierarchical balance packing (HBP paper, Algorithm 2).
+    """Plans an epoch by hierarchical balance packing, in one of two modes.
 
-    Group by length, pack each group by first-fit over shuffled samples, fill the room left in long packs with shorter
-    samples, sort packs by attention work, cut them into micro-steps of equal work, order the steps by the curriculum.
-    The plan is a function of its arguments alone, the same on every machine.
+    *cost* (for varlen kernels, where packs of unequal token counts cost nothing): groups take samples by modelled cost;
+    random windows of short samples are dealt to packs of equal cost, long samples are put beside their like and filled up
+    to a common cost. *paper* (HBP paper, Algorithm 2): groups take samples by length; packs are filled by a packer, the
+    room left in long ones with shorter samples (GreedyFill); packs sorted by attention work are cut into micro-steps.
+    Whole numbers decide, so that a plan is a function of its arguments alone, the same on every machine.
 
     Args:
         tokens_per_step: wanted tokens of an optimizer step over all ranks; each group accumulates as many micro-steps
             as come closest. By default every group takes one micro-step per optimizer step.
         overlong: what to do with samples longer than the longest group: ``error``, ``drop`` or ``truncate``.
-        fill: fill long packs with shorter samples (GreedyFill).
-        balance: sort packs by attention work before they are cut into micro-steps.
+        mode: ``cost`` or ``paper``.
+        packer: of paper mode: how samples are placed into packs; first-fit over a shuffle by default.
+        fill: of paper mode: fill long packs with shorter samples (GreedyFill).
+        sort_by: of paper mode: what neighbouring packs have in common: ``attention``, ``cost``, ``tokens``, or null for
+            a random order.
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: an argument is out of range, or belongs to the other mode.
     """
 
     def __init__(
-        self, tokens_per_step: int | None = None, overlong: str = "error", *, fill: bool = True, balance: bool = True
+        self,
+        tokens_per_step: int | None = None,
+        overlong: str = "error",
+        *,
+        mode: str = "cost",
+        packer: Packer | None = None,
+        fill: bool = True,
+        sort_by: str | None = "attention",
     ) -> None:
         check_overlong_policy(overlong)
         if tokens_per_step is not None and tokens_per_step < 1:
             raise ConfigError(f"planner.tokens_per_step={tokens_per_step} must be at least 1, or null for one micro-step")
+        if mode not in MODES:
+            raise ConfigError(f"planner.mode={mode!r} must be one of {', '.join(MODES)}")
+        if sort_by not in SORTS:
+            raise ConfigError(f"planner.sort_by={sort_by!r} must be attention, cost, tokens or null")
+        if mode == "cost" and (packer is not None or not fill or sort_by != "attention"):
+            raise ConfigError("planner.packer, fill and sort_by belong to planner.mode=paper; set that, or leave them out")
         self.tokens_per_step = tokens_per_step
         self.overlong = overlong
+        self.mode = mode
+        self.packer = packer or FirstFit()
         self.fill = fill
-        self.balance = balance
+        self.sort_by = sort_by
 
     def plan(
         self,
@@ -55,6 +101,7 @@ class BalancePlanner:
         epoch: int = 0,
         curriculum: Curriculum | None = None,
         first_step: int = 0,
+        cost: CostModel | None = None,
     ) -> EpochPlan:
         """Plan one epoch.
 
@@ -67,6 +114,7 @@ class BalancePlanner:
             epoch: gives other packs in each epoch.
             curriculum: orders the steps; by default the groups alternate in proportion (`Interleave`).
             first_step: optimizer steps of the run before this epoch.
+            cost: of the model that is trained; Llama 3.1 8B by default.
 
         Returns:
             A plan that holds every sample exactly once, but for those in ``dropped``. Groups that do not fit together or
@@ -74,30 +122,32 @@ class BalancePlanner:
             and a step without target are a `PackingError`.
         """
         check_groups(groups, world_size)
-        overlong_ids = check_lengths(lengths, self.overlong, groups)
+        overlong_ids = check_lengths(lengths, self.overlong, groups).astype(np.int32)
         lengths = np.minimum(lengths, groups[-1].pack_len).astype(np.int32)
-        shuffled = hashed_order(len(lengths), seed=seed, epoch=epoch, stream="samples")
-        if self.overlong == "drop":
+        shuffled = hashed_order(len(lengths), seed=seed, epoch=epoch, stream="samples").astype(np.int32)
+        if self.overlong == "drop" and len(overlong_ids):
             shuffled = shuffled[~np.isin(shuffled, overlong_ids)]
+        if self.mode == "cost":
+            parts = self._level(shuffled, lengths, groups, world_size, cost or CostModel())
+        else:
+            parts = self._pack_and_sort(shuffled, lengths, groups, world_size, cost or CostModel(), seed=seed, epoch=epoch)
 
-        micro_steps: list[list[list[Pack]]] = []  # per step, in the groups' order: micro-steps of one pack per replica
-        step_groups: list[int] = []
-        for index, packs in enumerate(self._pack_groups(shuffled, lengths, groups)):
-            steps = self._steps_of_group(packs, lengths, groups[index], world_size)
-            order = hashed_order(len(steps), seed=seed, epoch=epoch, stream=f"steps of {groups[index].name}")
-            micro_steps += [steps[i] for i in order]
-            step_groups += [index] * len(steps)
-        order = (curriculum or Interleave()).order(np.array(step_groups, dtype=np.int16), groups=groups, first_step=first_step)
+        # Steps of one group come in random order; which group comes when is the curriculum's.
+        step_groups = np.repeat([part.group for part in parts], [part.num_steps for part in parts]).astype(np.int16)
+        random_rank = np.argsort(hashed_order(len(step_groups), seed=seed, epoch=epoch, stream="steps"))
+        shuffle = np.lexsort((random_rank, step_groups))
+        order = (curriculum or Interleave()).order(step_groups[shuffle], groups=groups, first_step=first_step)
         no_ids = np.empty(0, dtype=np.int32)
         plan = _assemble(
-            [(step_groups[i], micro_steps[i]) for i in order],
+            parts,
+            shuffle[order],
             lengths,
             groups=groups,
             world_size=world_size,
-            dropped=overlong_ids.astype(np.int32) if self.overlong == "drop" else no_ids,
-            truncated=overlong_ids.astype(np.int32) if self.overlong == "truncate" else no_ids,
+            dropped=overlong_ids if self.overlong == "drop" else no_ids,
+            truncated=overlong_ids if self.overlong == "truncate" else no_ids,
         )
-        _check_targets(plan, num_targets)
+        check_targets(plan, num_targets)
         return plan
 
     def accumulation(self, group: PackingGroup, world_size: int) -> int:
@@ -113,72 +163,85 @@ class BalancePlanner:
             )
         return max(1, int(self.tokens_per_step / tokens_per_micro_step + 0.5))
 
-    def _pack_groups(
-        self, shuffled: NDArray[np.int64], lengths: NDArray[np.int32], groups: Sequence[PackingGroup]
-    ) -> list[list[Pack]]:
-        """Pack from the longest group down; the room left takes samples of the next shorter groups."""
-        group_of = group_of_lengths(lengths, groups)[shuffled]
-        waiting = [shuffled[group_of == index] for index in range(len(groups))]
-        packs: list[list[Pack]] = [[] for _ in groups]
+    def _level(
+        self,
+        shuffled: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        groups: Sequence[PackingGroup],
+        world_size: int,
+        cost: CostModel,
+    ) -> list[GroupSteps]:
+        """Cost mode: the longest samples first, filled up with shorter ones; windows of what is left of the shortest group."""
+        group_of = group_by_cost(lengths[shuffled], groups, cost, world_size)
+        heavy = [shuffled[group_of == index] for index in range(len(groups))]
+        own = lengths[heavy[0]]
+        is_light = own <= cost_limit(own, groups[0].pack_len, cost, world_size // groups[0].cp_degree)
+        light, heavy[0] = heavy[0][is_light], heavy[0][~is_light]
+        parts = []
         for index in reversed(range(len(groups))):
-            ids = waiting[index]
-            if not len(ids):
+            group, replicas = groups[index], world_size // groups[index].cp_degree
+            shape = {"pack_len": group.pack_len, "num_replicas": replicas}
+            packs = Packs.joined([])
+            if len(heavy[index]):
+                packs = level_heavy(heavy[index], lengths, cost, **shape)
+                for shorter in reversed(range(1, index)):
+                    packs, heavy[shorter] = fill_level(packs, heavy[shorter], lengths, cost, **shape)
+                packs, light = fill_level(packs, light, lengths, cost, **shape)
+            if index == 0 and len(light):
+                accumulation, slices = self.accumulation(group, world_size), len(packs) // replicas
+                windows, step_of_slice = level_windows(
+                    light, lengths, cost, **shape, accumulation=accumulation, heavy_slices=slices
+                )
+                packs = Packs.joined([packs, windows])
+            elif len(packs):
+                step_of_slice = deal_micro_steps(len(packs) // replicas, self.accumulation(group, world_size))
+            else:
                 continue
-            place = first_fit(lengths[ids], groups[index].pack_len)
-            free = groups[index].pack_len - np.bincount(place, weights=lengths[ids]).astype(np.int64)
+            parts.append(GroupSteps(index, packs, np.unique(step_of_slice, return_inverse=True)[1]))
+        return parts[::-1]
+
+    def _pack_and_sort(
+        self,
+        shuffled: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        groups: Sequence[PackingGroup],
+        world_size: int,
+        cost: CostModel,
+        *,
+        seed: int,
+        epoch: int,
+    ) -> list[GroupSteps]:
+        """Paper mode: pack from the longest group down; the room left takes samples of the next shorter groups."""
+        group_of = group_of_lengths(lengths[shuffled], groups)
+        waiting = [shuffled[group_of == index] for index in range(len(groups))]
+        parts = []
+        for index in reversed(range(len(groups))):
+            if not len(waiting[index]):
+                continue
+            group = groups[index]
+            ids = np.sort(waiting[index])  # the data set's order, which some packers keep
+            place = self.packer.place(lengths[ids], group.pack_len, seed=seed, epoch=epoch)
+            free = group.pack_len - np.bincount(place, weights=lengths[ids]).astype(np.int64)
             for shorter in reversed(range(index if self.fill else 0)):
                 taken = greedy_fill(lengths[waiting[shorter]], free)
-                filled = waiting[shorter][taken >= 0]
-                free -= np.bincount(taken[taken >= 0], weights=lengths[filled], minlength=len(free)).astype(np.int64)
-                ids, place = np.concatenate((ids, filled)), np.concatenate((place, taken[taken >= 0]))
+                filled, into = waiting[shorter][taken >= 0], taken[taken >= 0]
+                free -= np.bincount(into, weights=lengths[filled], minlength=len(free)).astype(np.int64)
+                ids, place = np.concatenate((ids, filled)), np.concatenate((place, into))
                 waiting[shorter] = waiting[shorter][taken < 0]
-            by_pack = np.argsort(place, kind="stable")
-            packs[index] = np.split(ids[by_pack], np.cumsum(np.bincount(place))[:-1])
-        return packs
-
-    def _steps_of_group(
-        self, packs: list[Pack], lengths: NDArray[np.int32], group: PackingGroup, world_size: int
-    ) -> list[list[list[Pack]]]:
-        """Cut a group's packs into optimizer steps of micro-steps of one pack per replica."""
-        if not packs:
-            return []
-        num_replicas = world_size // group.cp_degree
-        if self.balance:
-            packs = sort_by_attention(packs, lengths)
-        packs = spread_tail(packs, lengths, num_replicas=num_replicas, pack_len=group.pack_len)
-        slices = [packs[i : i + num_replicas] for i in range(0, len(packs), num_replicas)]
-        step_of = deal_micro_steps(len(slices), self.accumulation(group, world_size))
-        steps: list[list[list[Pack]]] = [[] for _ in range(int(step_of.max()) + 1)]
-        for step, micro_step in zip(step_of, slices, strict=True):
-            steps[step].append(micro_step)
-        return steps
-
-
-def compare_with_naive(
-    planner: BalancePlanner, lengths: NDArray[np.int32], groups: Sequence[PackingGroup], *, world_size: int, seed: int
-) -> dict[str, EpochPlan]:
-    """Plan the same data by ``planner`` and by naive packing: every sample in the longest group, no balancing.
-
-    Where one long pack takes all ranks there is a single replica, which is balanced by definition; so the comparison on
-    four times as many ranks stands beside it.
-
-    Returns:
-        Plans by a name for people.
-    """
-    naive = BalancePlanner(planner.tokens_per_step, planner.overlong, fill=False, balance=False)
-    plans = {}
-    for ranks in (world_size,) if world_size > groups[-1].cp_degree else (world_size, 4 * world_size):
-        where = "" if ranks == world_size else f" on {ranks} ranks"
-        for name, by, of in ((f"HBP{where}", planner, groups), (f"one length{where}", naive, groups[-1:])):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # said once, about the plan that is trained
-                # These plans are not trained, so targets play no part: every sample counts as having one.
-                plans[name] = by.plan(lengths, np.ones_like(lengths), of, world_size=ranks, seed=seed)
-    return plans
+            packs = Packs.from_places(ids, place, len(free))
+            order = hashed_order(len(packs), seed=seed, epoch=epoch, stream="packs")
+            if self.sort_by:
+                order = np.argsort(packs.sums(work_by(self.sort_by, lengths, cost)), kind="stable")
+            num_replicas = world_size // group.cp_degree
+            packs = spread_tail(packs.take(order), lengths, num_replicas=num_replicas, pack_len=group.pack_len)
+            step_of_slice = deal_micro_steps(len(packs) // num_replicas, self.accumulation(group, world_size))
+            parts.append(GroupSteps(index, packs, step_of_slice))
+        return parts[::-1]
 
 
 def _assemble(
-    steps: list[tuple[int, list[list[Pack]]]],
+    parts: Sequence[GroupSteps],
+    order: NDArray[np.int64],
     lengths: NDArray[np.int32],
     *,
     groups: Sequence[PackingGroup],
@@ -186,32 +249,51 @@ def _assemble(
     dropped: NDArray[np.int32],
     truncated: NDArray[np.int32],
 ) -> EpochPlan:
-    """Flatten the ordered steps into compressed rows."""
-    packs: list[Pack] = []
-    rows: list[tuple[int, int, int, int]] = []
-    for step, (group, micro_steps) in enumerate(steps):
-        for micro_step, replicas in enumerate(micro_steps):
-            packs += replicas
-            cp_degree = groups[group].cp_degree
-            rows += [(group, step, micro_step, replica * cp_degree) for replica in range(len(replicas))]
-    sample_ids = np.concatenate(packs)
-    group, step, micro_step, first_rank = np.array(rows).T
+    """Put the steps of all groups in order, as compressed rows.
+
+    Args:
+        parts: of the groups.
+        order: ``int64[num_steps]``, which step, counted through all parts, is trained at each position.
+        lengths: ``int32[num_samples]``, as planned.
+        groups: of the run.
+        world_size: ranks of the run.
+        dropped: see `EpochPlan`.
+        truncated: see `EpochPlan`.
+    """
+    position = np.empty_like(order)
+    position[order] = np.arange(len(order))
+    steps, micro_steps, group_of_pack, first_ranks, first_step = [], [], [], [], 0
+    for part in parts:
+        num_replicas = world_size // groups[part.group].cp_degree
+        # Slices are stably sorted by step; the rank inside its step is the micro-step.
+        by_step = np.argsort(part.step_of_slice, kind="stable")
+        counts = np.bincount(part.step_of_slice)
+        micro_step = np.empty_like(by_step)
+        micro_step[by_step] = np.arange(len(by_step)) - np.repeat(np.cumsum(counts) - counts, counts)
+        steps.append(np.repeat(position[first_step + part.step_of_slice], num_replicas))
+        micro_steps.append(np.repeat(micro_step, num_replicas))
+        group_of_pack.append(np.full(len(part.packs), part.group))
+        first_ranks.append(np.tile(np.arange(num_replicas) * groups[part.group].cp_degree, len(by_step)))
+        first_step += part.num_steps
+    step, micro_step, first_rank = np.concatenate(steps), np.concatenate(micro_steps), np.concatenate(first_ranks)
+    by_time = np.lexsort((first_rank, micro_step, step))
+    packs = Packs.joined([part.packs for part in parts]).take(by_time)
     return EpochPlan(
         groups=tuple(groups),
         world_size=world_size,
-        sample_ids=sample_ids.astype(np.int32),
-        lengths=lengths[sample_ids].astype(np.int32),
-        pack_offsets=np.concatenate(([0], np.cumsum([len(pack) for pack in packs]))).astype(np.int64),
-        pack_group=group.astype(np.int16),
-        pack_step=step.astype(np.int32),
-        pack_micro_step=micro_step.astype(np.int16),
-        pack_first_rank=first_rank.astype(np.int32),
+        sample_ids=packs.ids,
+        lengths=lengths[packs.ids],
+        pack_offsets=packs.offsets,
+        pack_group=np.concatenate(group_of_pack)[by_time].astype(np.int16),
+        pack_step=step[by_time].astype(np.int32),
+        pack_micro_step=micro_step[by_time].astype(np.int16),
+        pack_first_rank=first_rank[by_time].astype(np.int32),
         dropped=dropped,
         truncated=truncated,
     )
 
 
-def _check_targets(plan: EpochPlan, num_targets: NDArray[np.int32]) -> None:
+def check_targets(plan: EpochPlan, num_targets: NDArray[np.int32]) -> None:
     """Refuse a step that would divide by zero targets.
 
     Raises:

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,43 @@ def check_groups(groups: Sequence[PackingGroup], world_size: int) -> None:
                 f"world size {world_size} is not a multiple of cp_degree={group.cp_degree} of group {group.name!r}; "
                 f"start a multiple of {group.cp_degree} ranks or set cp_degree to a divisor of {world_size}"
             )
+
+
+def check_saved_plan(
+    plans: "Sequence[EpochPlan]", epoch: int, lengths: NDArray[np.int32], groups: Sequence[PackingGroup], *, world_size: int
+) -> "EpochPlan":
+    """Take an epoch from saved plans, if they were made for this run.
+
+    Args:
+        plans: one per epoch.
+        epoch: counted from 0.
+        lengths: ``int32[num_samples]``, of the run's data.
+        groups: of the run; only their recomputed layers may differ from the plan's, and replace them.
+        world_size: of the run.
+
+    Raises:
+        ConfigError: there is no plan of this epoch, or it is of other groups, another world size or other data.
+    """
+    if epoch >= len(plans):
+        raise ConfigError(f"the saved plan has {len(plans)} epochs, the run has more; plan again with the run's epochs")
+    plan = plans[epoch]
+    if plan.world_size != world_size:
+        raise ConfigError(f"the saved plan is for {plan.world_size} ranks, the run has {world_size}; plan again for these")
+    planned, current = ([(g.name, g.pack_len, g.cp_degree) for g in some] for some in (plan.groups, groups))
+    if planned != current:
+        raise ConfigError(f"the saved plan has groups {planned} (name, pack_len, cp_degree), the run {current}; plan again")
+    ids, num_samples = plan.sample_ids, len(lengths)
+    if len(ids) + len(plan.dropped) != num_samples or int(ids.max()) >= num_samples:
+        raise ConfigError(
+            f"the saved plan holds {len(ids) + len(plan.dropped)} samples, the data {num_samples}; plan again with these data"
+        )
+    if len(wrong := np.flatnonzero(plan.lengths != np.minimum(lengths[ids], groups[-1].pack_len))):
+        first = int(ids[wrong[0]])
+        raise ConfigError(
+            f"sample {first} has {lengths[first]} tokens, in the saved plan {plan.lengths[wrong[0]]}; the plan is of other data "
+            f"or lengths were estimated: plan again with these data and their tokenizer"
+        )
+    return replace(plan, groups=tuple(groups))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,18 +1,32 @@
 """Which rows of a pack a context-parallel rank holds: integer arithmetic, testable for all ranks in one process."""
 
 import math
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 # Shards are multiples of this many tokens over the whole pack, so that kernels see aligned shapes.
 ALIGNMENT = 128
 
 
-def padded_len(num_tokens: int, cp_degree: int, pack_len: int) -> int:
+@overload
+def padded_len(num_tokens: int, cp_degree: int, pack_len: int) -> int: ...
+
+
+@overload
+def padded_len(num_tokens: NDArray[np.int64], cp_degree: int, pack_len: int) -> NDArray[np.int64]: ...
+
+
+def padded_len(num_tokens: Any, cp_degree: int, pack_len: int) -> Any:
     """Round a pack's real tokens up to a multiple of ``lcm(2 * cp_degree, 128)``, at most ``pack_len``.
 
-    An empty pack gets one unit of padding, so that its ranks run the same collectives as the others.
+    Takes one count or an array of them. An empty pack gets one unit of padding, so that its ranks run the same collectives
+    as the others.
     """
     unit = math.lcm(2 * cp_degree, ALIGNMENT)
-    return min(pack_len, max(1, -(-num_tokens // unit)) * unit)
+    slots = np.minimum(pack_len, np.maximum(1, -(-num_tokens // unit)) * unit)
+    return slots if isinstance(num_tokens, np.ndarray) else int(slots)
 
 
 def local_rows(padded: int, cp_rank: int, cp_degree: int) -> slice:

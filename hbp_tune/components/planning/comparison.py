@@ -1,0 +1,94 @@
+"""Plans of the same data by other methods, for comparison: one pack length, no balancing."""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hbp_tune.components.planning.baselines import BASELINES
+from hbp_tune.components.planning.cost import CostModel
+from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.components.planning.planner import BalancePlanner
+from hbp_tune.components.planning.records import EpochPlan, PackingGroup
+
+# Sorted batching (LongAlign, arXiv 2401.18058): no packing; the samples of a step are neighbours in length.
+_SORTED = "longalign_sorted"
+BASELINE_NAMES = (*BASELINES, _SORTED)
+
+
+def plan_baseline(
+    name: str,
+    lengths: NDArray[np.int32],
+    group: PackingGroup,
+    *,
+    world_size: int,
+    seed: int,
+    tokens_per_step: int | None = None,
+    overlong: str = "error",
+) -> EpochPlan:
+    """Plan an epoch by a method from the literature: every sample in one group, packs in random order.
+
+    Args:
+        name: of `BASELINES`, or ``longalign_sorted``.
+        lengths: ``int32[num_samples]``.
+        group: that all samples go to.
+        world_size: ranks of the run.
+        seed: of every shuffle.
+        tokens_per_step: as for `BalancePlanner`.
+        overlong: as for `BalancePlanner`.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    if name not in BASELINE_NAMES:
+        raise ConfigError(f"baseline {name!r} is unknown; choose from {', '.join(BASELINE_NAMES)}")
+    packer = BASELINES["none" if name == _SORTED else name]()
+    sort_by = "tokens" if name == _SORTED else None
+    planner = BalancePlanner(tokens_per_step, overlong, mode="paper", packer=packer, fill=False, sort_by=sort_by)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is worth saying is said about the plan that is trained
+        # These plans are not trained, so targets play no part: every sample counts as having one.
+        return planner.plan(lengths, np.ones_like(lengths), [group], world_size=world_size, seed=seed)
+
+
+def one_length_group(groups: Sequence[PackingGroup], lengths: NDArray[np.int32]) -> PackingGroup:
+    """Give the group that one-length packing would use: the shortest that holds every sample, or the longest."""
+    longest = int(lengths.max())
+    return next((group for group in groups if group.pack_len >= longest), groups[-1])
+
+
+def plan_comparison(
+    plan: EpochPlan, planner: BalancePlanner, lengths: NDArray[np.int32], *, seed: int, cost: CostModel
+) -> dict[str, EpochPlan]:
+    """Put a plan beside naive packing of the same samples: ISF to one length, no balancing.
+
+    Where one long pack takes all ranks there is a single replica, which is balanced by definition; then both are planned for
+    four times as many ranks.
+
+    Args:
+        plan: that is trained.
+        planner: that made it.
+        lengths: ``int32[num_samples]``.
+        seed: of the run.
+        cost: of the model that is trained.
+
+    Returns:
+        Plans by a name for people, on as many ranks as each other.
+    """
+    ranks = plan.world_size
+    if ranks == plan.groups[-1].cp_degree:
+        ranks *= 4
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plan = planner.plan(lengths, np.ones_like(lengths), plan.groups, world_size=ranks, seed=seed, cost=cost)
+    naive = plan_baseline(
+        "isf",
+        lengths,
+        one_length_group(plan.groups, plan.lengths),
+        world_size=ranks,
+        seed=seed,
+        tokens_per_step=planner.tokens_per_step,
+        overlong="drop" if len(plan.dropped) else "truncate" if len(plan.truncated) else "error",
+    )
+    return {"HBP": plan, "one length": naive}

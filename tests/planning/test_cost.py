@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+
+from hbp_tune.components.planning.cost import LLAMA3_1_8B, CostModel, ModelShape
+from hbp_tune.components.planning.errors import ConfigError
+
+LAYERS = 32
+
+
+def pack_s(cost: CostModel, length: int, cp_degree: int = 1, ac_layers: int = 0) -> float:
+    """Seconds of a pack of one document."""
+    lengths = np.array([length])
+    return float(cost.pack_s(cost.sample_cost(lengths), lengths, np.array([cp_degree]), np.array([ac_layers]))[0])
+
+
+def test_operations_by_hand() -> None:
+    shape = ModelShape(num_layers=2, linear_params=1000, attention_dim=64)
+    assert shape.token_flops == 6_000
+    # Q K^T and P V, 2 * 64 operations each, forward once and backward twice, half of it under the causal mask.
+    assert shape.square_flops == 2 * (2 * 2 * 64 * 3) // 2
+
+
+def test_llama_as_published() -> None:
+    # All of its 8,030,261,248 parameters but the embedding.
+    assert LLAMA3_1_8B.linear_params == 8_030_261_248 - 128_256 * 4096
+    cost = CostModel()
+    assert cost.token_s == pytest.approx(109.6e-6, rel=1e-3)
+    assert cost.square_s == pytest.approx(2.64e-9, rel=1e-3)
+    assert cost.double_len == round(cost.token_s / cost.square_s) == 41_516
+
+
+def test_costs_are_whole_numbers_by_hand() -> None:
+    cost = CostModel(ModelShape(num_layers=1, linear_params=1, attention_dim=1_000_000))
+    assert cost.double_len == 1, "attention alone would leave ties between samples that differ"
+    cost = CostModel()
+    assert cost.sample_cost(np.array([1, 2, 41_516], dtype=np.int32)).tolist() == [41_517, 2 * 41_518, 2 * 41_516**2]
+    assert cost.pack_cost(np.array([5]), np.array([13])).tolist() == [5 * 41_516 + 13]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_pack_costs_as_much_as_its_samples(seed: int) -> None:
+    lengths = np.random.default_rng(seed).integers(1, 2**17, 50).astype(np.int32)
+    wide = lengths.astype(np.int64)
+    cost = CostModel()
+    assert cost.pack_cost(wide.sum(keepdims=True), (wide**2).sum(keepdims=True)) == cost.sample_cost(lengths).sum()
+
+
+def test_documents_of_a_million_tokens_do_not_overflow() -> None:
+    cost = CostModel()
+    costs = cost.sample_cost(np.full(4096, 2**20, dtype=np.int32))
+    assert costs.sum() == 4096 * 2**20 * (2**20 + 41_516)
+    assert costs.dtype == np.int64
+
+
+def test_seconds_by_hand() -> None:
+    cost = CostModel()
+    plain = 16_384 * cost.token_s + 16_384**2 * cost.square_s
+    assert pack_s(cost, 16_384) == pytest.approx(plain, rel=1e-4)
+    assert pack_s(cost, 16_384, ac_layers=LAYERS) == pytest.approx(1.3 * plain, rel=1e-4)
+    assert pack_s(cost, 16_384, ac_layers=LAYERS // 2) == pytest.approx(1.15 * plain, rel=1e-4)
+    # Of a rank's tokens, 7 in 8 go to others of its node; with 16 ranks, 7 in 16 do, and 8 in 16 to another node.
+    assert pack_s(cost, 16_384, cp_degree=8) == pytest.approx((plain + 16_384 * 7 / 8 * 42e-6) / 8, rel=1e-4)
+    across = 16_384 * (7 / 16 * 42e-6 + 8 / 16 * 138e-6)
+    assert pack_s(cost, 16_384, cp_degree=16) == pytest.approx((plain + across) / 16, rel=1e-4)
+    assert pack_s(cost, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("length", "cp_degree", "ac_layers", "iteration_s"),
+    [
+        (32, 2, 28, 4.45),
+        (32, 4, 23, 4.35),
+        (32, 8, 8, 4.12),
+        (64, 4, 28, 6.3),
+        (64, 8, 24, 6.2),
+        (128, 8, 29, 10.2),
+        (128, 16, 23, 10.5),
+    ],
+)
+def test_timings_of_the_paper(length: int, cp_degree: int, ac_layers: int, iteration_s: float) -> None:
+    # HBP paper, minimum of recomputed layers that fit: a rank takes 16K tokens an iteration, in full-length documents.
+    packs = 16 * cp_degree / length
+    assert packs * pack_s(CostModel(), 1024 * length, cp_degree, ac_layers) == pytest.approx(iteration_s, rel=0.03)
+
+
+def test_larger_models_take_longer_in_proportion() -> None:
+    shape = ModelShape(num_layers=64, linear_params=2 * LLAMA3_1_8B.linear_params, attention_dim=4096)
+    assert CostModel(shape).double_len == CostModel().double_len
+    assert pack_s(CostModel(shape), 32_768, 8, 64) == pytest.approx(2 * pack_s(CostModel(), 32_768, 8, 32))
+
+
+def test_gathering_weights_takes_as_long_as_the_paper_says() -> None:
+    cost = CostModel()
+    assert cost.gather_s(1) == 0, "there is nobody to gather from"
+    assert cost.gather_s(32) == pytest.approx(0.44, rel=0.1)
+    assert cost.gather_s(2) < cost.gather_s(8) < cost.gather_s(1024)
+
+
+@pytest.mark.parametrize("field", ["num_layers", "linear_params", "attention_dim"])
+def test_a_shape_that_cannot_work(field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^model shape: {field}=0 must be at least 1$"):
+        ModelShape(**({"num_layers": 1, "linear_params": 1, "attention_dim": 1} | {field: 0}))
