@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hbp_tune.components.planning.planner import BalancePlanner, compare_with_naive
+from hbp_tune.components.planning.comparison import plan_comparison
+from hbp_tune.components.planning.cost import CostModel
+from hbp_tune.components.planning.planner import BalancePlanner
 from hbp_tune.components.planning.records import PackingGroup
 from hbp_tune.components.reporting.overlong import report_overlong
 from hbp_tune.components.reporting.tables import print_plan
@@ -14,10 +16,10 @@ from hbp_tune.components.training.telemetry import tokens_per_step
 GROUPS = (PackingGroup(name="short", pack_len=64), PackingGroup(name="long", pack_len=256, cp_degree=2, ac_layers=3))
 
 
-def printed(lengths: np.ndarray, width: int, overlong: str = "error") -> str:
-    planner = BalancePlanner(overlong=overlong)
-    plan = planner.plan(lengths, lengths, GROUPS, world_size=2, seed=0)
-    compared = compare_with_naive(planner, lengths, GROUPS, world_size=2, seed=0)
+def printed(lengths: np.ndarray, width: int, overlong: str = "error", world_size: int = 2) -> str:
+    planner = BalancePlanner(overlong=overlong, mode="paper")
+    plan = planner.plan(lengths, lengths, GROUPS, world_size=world_size, seed=0)
+    compared = plan_comparison(plan, planner, lengths, seed=0, cost=CostModel())
     console = Console(file=io.StringIO(), width=width)
     print_plan(plan, lengths, tokens_per_step=tokens_per_step(plan), compared=compared, console=console)
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -30,7 +32,7 @@ def test_a_person_sees_data_plan_and_balance(width: int) -> None:
     assert "110 samples placed, each once" in text
     assert "…" not in text, "nothing is cut off"
     assert max(len(line) for line in text.splitlines()) <= width
-    for name in ("short", "long", "HBP", "one length", "HBP on 8 ranks", "DBR", "PR", "ABR", "CR", "Ave-T"):
+    for name in ("short", "long", "HBP", "one length", "Balance on 8 ranks", "DBR", "PR", "ABR", "CR", "Ave-T", "idle"):
         assert name in text
 
 
@@ -71,11 +73,11 @@ def cells(text: str, name: str) -> list[str]:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_figures_by_hand(width: int) -> None:
-    # Short: 4 packs of 64 on 2 ranks; long: 3 packs of 250 on both ranks, 2 of them filled up with a 6.
-    text = printed(np.array([64, 64, 64, 64, 250, 250, 250, 6, 6], dtype=np.int32), width)
-    assert cells(text, "short") == ["64", "1", "0", "4", "4", "2", "1.0", "128"]
-    assert cells(text, "long") == ["256", "2", "3", "5", "3", "3", "1.0", "254"]
-    assert cells(text, "HBP") == ["0.0000", "0.0059", "0.0000", "0.7485", "102"]
+    # Short: 4 packs of 64 on 4 ranks; long: 250 beside 250 and 6, then the third pack, 250 and 6, dealt out over both.
+    text = printed(np.array([64, 64, 64, 64, 250, 250, 250, 6, 6], dtype=np.int32), width, world_size=4)
+    assert cells(text, "short") == ["64", "1", "0", "4", "4", "1", "1.0", "256"]
+    assert cells(text, "long") == ["256", "2", "3", "5", "4", "2", "1.0", "381"]
+    assert cells(text, "HBP") == ["0.1666", "0.1163", "0.1667", "0.7485", "85"]
     assert cells(text, "one length")[3] == "1.0000", "all tokens pay for context parallelism"
     assert [cells(text, name)[0] for name in ("to 128", "to 250")] == ["6", "3"]
     assert [cells(text, name)[1].split()[-1] for name in ("to 128", "to 250")] == ["0.263", "0.737"], "268 and 750 of 1018"
@@ -95,7 +97,7 @@ def test_large_figures_stay_whole(width: int) -> None:
     planner = BalancePlanner(tokens_per_step=1048576)
     plan = planner.plan(lengths, lengths, groups, world_size=8, seed=0)
     console = Console(file=io.StringIO(), width=width)
-    compared = compare_with_naive(planner, lengths, groups, world_size=8, seed=0)
+    compared = plan_comparison(plan, planner, lengths, seed=0, cost=CostModel())
     print_plan(plan, lengths, tokens_per_step=tokens_per_step(plan), compared=compared, console=console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert cells(text, "16k") == ["16,384", "1", "0", "1,600", "800", "13", "7.7", "1,008,246"]

@@ -8,8 +8,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from hbp_tune.components.planning.cost import CostModel
 from hbp_tune.components.planning.metrics import PlanMetrics, measure
 from hbp_tune.components.planning.records import EpochPlan
+from hbp_tune.components.reporting.charts import time_unit
 
 _BAR_WIDTH = 24
 
@@ -20,6 +22,7 @@ def print_plan(
     *,
     tokens_per_step: NDArray[np.int64],
     compared: Mapping[str, EpochPlan],
+    cost: CostModel | None = None,
     console: Console | None = None,
 ) -> None:
     """Print what the data look like, the plan by group, and metrics beside one-length packing of the same data.
@@ -28,17 +31,38 @@ def print_plan(
         plan: of the first epoch.
         lengths: ``int32[num_samples]``, of all samples, overlong ones included.
         tokens_per_step: ``int64[num_steps]`` of ``plan``.
-        compared: plans of the same samples by name, from `compare_with_naive`.
+        compared: plans of the same samples on as many ranks as each other, by name.
+        cost: of the model that is trained; Llama 3.1 8B by default.
         console: where to print; the standard output by default.
     """
     console = console or Console()
-    for table, note in (
-        _lengths_table(lengths),
-        _groups_table(plan, tokens_per_step),
-        _metrics_table({name: measure(other) for name, other in compared.items()}),
-    ):
-        console.print(table)
-        console.print(f"  {note}\n", highlight=False)
+    print_lengths(lengths, console)
+    print_groups(plan, tokens_per_step, console)
+    cost = cost or CostModel()
+    ranks = next(iter(compared.values())).world_size
+    print_metrics({name: measure(other, cost) for name, other in compared.items()}, console, ranks=ranks)
+
+
+def print_lengths(lengths: NDArray[np.int32], console: Console) -> None:
+    """Print what the data look like; ``lengths`` is ``int32[num_samples]``, of all samples."""
+    _print(console, _lengths_table(lengths))
+
+
+def print_groups(plan: EpochPlan, tokens_per_step: NDArray[np.int64], console: Console) -> None:
+    """Print the plan by group; ``tokens_per_step`` is ``int64[num_steps]`` of the plan."""
+    _print(console, _groups_table(plan, tokens_per_step))
+
+
+def print_metrics(rows: Mapping[str, PlanMetrics], console: Console, *, ranks: int) -> None:
+    """Print the paper's metrics of plans by name, then what they mean in modelled cost and time; the first is ours."""
+    _print(console, _metrics_table(rows, ranks))
+    _print(console, _cost_table(rows, ranks))
+
+
+def _print(console: Console, table_and_note: tuple[Table, str]) -> None:
+    table, note = table_and_note
+    console.print(table)
+    console.print(f"  {note}\n", highlight=False)
 
 
 def _lengths_table(lengths: NDArray[np.int32]) -> tuple[Table, str]:
@@ -57,7 +81,7 @@ def _lengths_table(lengths: NDArray[np.int32]) -> tuple[Table, str]:
 
 def _groups_table(plan: EpochPlan, tokens_per_step: NDArray[np.int64]) -> tuple[Table, str]:
     table = Table(title=f"Plan: {plan.num_steps:,} optimizer steps an epoch on {plan.world_size} ranks")
-    for name in ("group", "length", "CP", "AC", "samples", "packs", "steps", "micro", "tokens/step"):
+    for name in ("group", "length", "CP", "AC", "samples", "packs", "steps", "micro", "tokens\n/step"):
         table.add_column(name, justify="left" if name == "group" else "right")
     docs_per_pack = np.diff(plan.pack_offsets)
     for index, group in enumerate(plan.groups):
@@ -80,8 +104,8 @@ def _groups_table(plan: EpochPlan, tokens_per_step: NDArray[np.int64]) -> tuple[
     return table, f"{placed}\n  CP: ranks that share a pack  AC: recomputed layers  micro: micro-steps a step"
 
 
-def _metrics_table(rows: Mapping[str, PlanMetrics]) -> tuple[Table, str]:
-    table = Table(title="Balance (0 is perfect, but for Ave-T)")
+def _metrics_table(rows: Mapping[str, PlanMetrics], ranks: int) -> tuple[Table, str]:
+    table = Table(title=f"Balance on {ranks} ranks (0 is perfect, but for Ave-T)")
     for name in ("packing", "DBR", "PR", "ABR", "CR", "Ave-T"):
         table.add_column(name, justify="left" if name == "packing" else "right")
     for name, metrics in rows.items():
@@ -90,4 +114,26 @@ def _metrics_table(rows: Mapping[str, PlanMetrics]) -> tuple[Table, str]:
     return (
         table,
         "DBR, ABR: share of idle time by tokens, by attention  PR: padding\n  CR: tokens that pay CP  Ave-T: tokens per rank",
+    )
+
+
+def _cost_table(rows: Mapping[str, PlanMetrics], ranks: int) -> tuple[Table, str]:
+    table = Table(title=f"Modelled cost and time on {ranks} H100s")
+    for name in ("packing", "CBR", "idle", "p99", "div.", "epoch", "x"):
+        table.add_column(name, justify="left" if name == "packing" else "right")
+    own_s = next(iter(rows.values())).epoch_s
+    for name, metrics in rows.items():
+        ratios = (metrics.cbr, metrics.idle, metrics.p99_imbalance)
+        scale, unit, _ = time_unit(metrics.epoch_s)
+        table.add_row(
+            name,
+            *(f"{ratio:.4f}" for ratio in ratios),
+            f"{metrics.diversity:.2f}",
+            f"{metrics.epoch_s / scale:,.1f} {unit}",
+            f"{metrics.epoch_s / own_s:.2f}",
+        )
+    return (
+        table,
+        "CBR: share of idle time by cost  idle: the same over the epoch  p99: of the worst steps\n"
+        "  div.: diversity, 1 is as mixed as random steps  x: time over the first row's",
     )

@@ -1,0 +1,259 @@
+"""One page that explains a plan to a person who has never seen one."""
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import NamedTuple
+
+import numpy as np
+
+from hbp_tune.components.planning.metrics import PlanMetrics
+from hbp_tune.components.reporting import charts
+from hbp_tune.components.reporting.balance_figures import describe_micro_steps, draw_attention, draw_busy, draw_timeline
+from hbp_tune.components.reporting.charts import time_unit, write_count, write_share
+from hbp_tune.components.reporting.figures import Picture, draw_fill, draw_lengths, draw_step_tokens
+from hbp_tune.components.reporting.report import PlanReport, describe_groups
+
+# Light whatever the system prefers: colours are set in full, so that dark mode finds nothing to invert.
+_STYLE = f"""
+:root{{color-scheme:only light}}
+*{{box-sizing:border-box}}
+body{{margin:0;background:#f4f6f9;color:{charts.INK};
+ font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}}
+main{{max-width:1040px;margin:0 auto;padding:32px 20px 48px}}
+h1{{font-size:clamp(1.35rem,3.4vw,2rem);line-height:1.25;margin:.2em 0 .5em;overflow-wrap:anywhere}}
+h2{{font-size:1.15rem;line-height:1.35;margin:0 0 .6em;overflow-wrap:anywhere}}
+h3{{font-size:.95rem;margin:1.1em 0 .3em}}
+p{{margin:.5em 0;max-width:62em;overflow-wrap:anywhere}}
+.eyebrow,.caption,footer{{color:{charts.MUTED};font-size:.9rem}}
+.eyebrow{{margin:0;font-weight:600}}
+section,figure{{background:#fff;border:1px solid #dfe4ec;border-radius:8px;margin:20px 0 0;padding:20px}}
+figure .caption{{margin:.2em 0 0}}
+.tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:20px 0 0}}
+.tiles div{{background:#fff;border:1px solid #dfe4ec;border-radius:8px;padding:12px 14px}}
+.tiles b{{display:block;font-size:1.45rem;line-height:1.3}}
+.tiles span{{display:block;font-size:.85rem;line-height:1.4;color:{charts.MUTED}}}
+.warnings{{border-left:4px solid #b45309}}
+.warnings ul{{margin:0;padding-left:1.2em;overflow-wrap:anywhere}}
+.scroll{{overflow-x:auto}}
+table{{border-collapse:collapse;width:100%;font-size:.9rem;line-height:1.4}}
+th,td{{padding:7px 12px 7px 0;text-align:right;border-bottom:1px solid #e6eaf0;vertical-align:top;white-space:nowrap}}
+th{{color:{charts.MUTED};font-weight:600;vertical-align:bottom;white-space:normal}}
+td{{font-variant-numeric:tabular-nums}}
+th.text,td.text{{text-align:left}}
+td.own{{font-weight:700}}
+td.prose{{text-align:left;white-space:normal;min-width:11em;max-width:30em}}
+td.prose span{{display:block;font-size:.85rem;color:{charts.MUTED}}}
+i.group{{display:inline-block;width:11px;height:11px;margin-right:7px;border-radius:2px}}
+@media(max-width:600px){{main{{padding:20px 12px 32px}}section,figure{{padding:16px 14px}}th,td{{padding-right:9px}}}}
+"""
+
+
+_EXPLANATION = """<section><h2>What a plan is</h2><p>Samples of a data set differ in length, so that several are put into one
+<b>pack</b>, a row that a rank, or a few ranks together, compute at once. Each <b>group</b> has its own pack length and its own
+number of ranks per pack, so that short samples do not pay for what long ones need. In a <b>micro-step</b> all ranks compute one
+pack each and wait for the slowest; one or more micro-steps make an <b>optimizer step</b>. A good plan leaves ranks little to wait
+for, hardly pads, and shares few tokens out over ranks. <b>One-length packing</b>, named isf below, puts all samples into packs of
+the shortest group that holds the longest, whatever they cost: it is what this plan is compared with.</p></section>
+"""
+
+
+_GROUP_COLUMNS = (
+    "pack length",
+    "ranks per pack (CP)",
+    "recomputed layers (AC)",
+    "samples",
+    "packs",
+    "steps",
+    "micro-steps per step",
+    "share of tokens",
+    "tokens per step",
+)
+
+
+class _Metric(NamedTuple):
+    key: str
+    name: str
+    meaning: str
+
+
+_METRICS = (
+    _Metric(
+        "epoch_s",
+        "Modelled epoch",
+        "Time of an epoch on H100 GPUs by the cost model: good for comparing plans, a first estimate otherwise.",
+    ),
+    _Metric(
+        "idle",
+        "Idle",
+        "Share of the work's time that ranks wait for the slowest one of a micro-step; long micro-steps count for more.",
+    ),
+    _Metric("p99_imbalance", "Idle, p99", "99 of 100 optimizer steps idle at most this share."),
+    _Metric("cbr", "CBR", "Cost balance ratio: idle share by the whole cost, attention and all else, mean over micro-steps."),
+    _Metric("abr", "ABR", "Attention balance ratio: idle share by attention work alone, mean over micro-steps."),
+    _Metric(
+        "dbr",
+        "DBR",
+        "Dist balance ratio: idle share by tokens, mean over micro-steps; harmless where attention makes up for it.",
+    ),
+    _Metric("pr", "PR", "Padding ratio: share of the computed tokens that are padding, in packs that hold samples."),
+    _Metric("pr_tail", "PR, empty", "Share of the computed tokens in empty packs, which keep ranks without work in step."),
+    _Metric(
+        "cr", "CR", "Communication ratio: share of tokens in packs that several ranks share, which costs exchange in every layer."
+    ),
+    _Metric("ave_t", "Ave-T", "Real tokens per rank and micro-step; more keep a GPU busier."),
+    _Metric(
+        "diversity",
+        "Diversity",
+        "How far steps differ in what they are made of: 1 is as far as random ones, 4 is four times the variance.",
+    ),
+)
+
+
+def render_page(report: PlanReport) -> str:
+    """Render a report as one HTML page that needs no other file, no network and no script."""
+    before, after = describe_micro_steps(report.naive, report.cost), describe_micro_steps(report.plan, report.cost)
+    pictures = (
+        draw_lengths(report.lengths, report.plan),
+        draw_fill(report.plan),
+        draw_busy(report, before, after),
+        draw_attention(report, before, after),
+        draw_timeline(report.plan, after),
+        draw_step_tokens(report.plan),
+    )
+    parts = (
+        _header(report),
+        _tiles(report),
+        _warnings(report.warnings),
+        _EXPLANATION,
+        _groups(report),
+        _metrics(report),
+        *map(_figure, pictures),
+        _footer(report),
+    )
+    title = f"Plan: {write_count(len(report.plan.sample_ids), 'sample')} on {write_count(report.plan.world_size, 'rank')}"
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}{charts.STYLE}</style></head>\n'
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def _header(report: PlanReport) -> str:
+    plan = report.plan
+    left_out = (f"{len(ids):,} {what}" for what, ids in (("dropped", plan.dropped), ("truncated", plan.truncated)) if len(ids))
+    facts = (
+        f"{write_count(len(plan.sample_ids), 'sample')} placed",
+        *left_out,
+        write_count(int(plan.lengths.sum(dtype=np.int64)), "token"),
+        write_count(plan.num_steps, "optimizer step"),
+        write_count(plan.world_size, "rank"),
+        *([f"the first of {len(report.plans)} epochs"] if len(report.plans) > 1 else []),
+    )
+    return (
+        f'<header><p class="eyebrow">Plan of a fine-tuning epoch</p><h1>{escape(report.headline)}</h1>'
+        f"<p>{', '.join(facts)}. Lengths: {escape(report.lengths_from)}.</p></header>\n"
+    )
+
+
+def _tiles(report: PlanReport) -> str:
+    own, naive = report.metrics, report.baselines["isf"]
+    tiles = (
+        ("modelled epoch", _duration(own.epoch_s), _duration(naive.epoch_s, like=own.epoch_s)),
+        ("of the time ranks wait", write_share(own.idle), write_share(naive.idle)),
+        ("of the tokens pay for context parallelism", write_share(own.cr), write_share(naive.cr)),
+        ("of the computed tokens are padding", write_share(own.pr), write_share(naive.pr)),
+    )
+    parts = (f"<div><b>{value}</b><span>{what}; one-length packing: {other}</span></div>" for what, value, other in tiles)
+    return f'<div class="tiles">{"".join(parts)}</div>\n'
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    if not warnings:
+        return ""
+    lines = "".join(f"<li>{escape(line)}</li>" for line in warnings)
+    return f'<section class="warnings"><h2>Before you train</h2><ul>{lines}</ul></section>\n'
+
+
+def _groups(report: PlanReport) -> str:
+    plan = report.plan
+    groups = describe_groups(plan)
+    total = sum(group.tokens for group in groups)
+    rows = []
+    for index, group in enumerate(groups):
+        per_step = "-"
+        if group.tokens_per_step is not None and group.tokens_per_step_cv is not None:
+            per_step = f"{group.tokens_per_step:,.0f} ± {write_share(group.tokens_per_step_cv)}"
+        cells = (
+            f"{group.pack_len:,}",
+            str(group.cp_degree),
+            str(group.ac_layers),
+            f"{group.samples:,}",
+            f"{group.packs:,}",
+            f"{group.steps:,}",
+            f"{group.micro_steps / group.steps:.1f}" if group.steps else "-",
+            write_share(group.tokens / total),
+            per_step,
+        )
+        colour = charts.group_colour(index)
+        name = f'<td class="text"><i class="group" style="background:{colour}"></i>{escape(group.name)}</td>'
+        rows.append(f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    table = _table(('<th class="text">group</th>', *(f"<th>{name}</th>" for name in _GROUP_COLUMNS)), rows)
+    return (
+        f'<section><h2>Groups: who packs with whom</h2>{table}<p class="caption">Tokens per step: mean and coefficient of '
+        "variation (standard deviation over mean).</p></section>\n"
+    )
+
+
+def _metrics(report: PlanReport) -> str:
+    head = [f"<th>{escape(name)}</th>" for name in ("this plan", *report.baselines)]
+    rows = []
+    for metric in _METRICS:
+        others = "".join(f"<td>{_value(metric.key, other, report.metrics)}</td>" for other in report.baselines.values())
+        rows.append(
+            f'<tr><td class="prose">{metric.name}<span>{metric.meaning}</span></td>'
+            f'<td class="own">{_value(metric.key, report.metrics, report.metrics)}</td>{others}</tr>'
+        )
+    table = _table(('<th class="text">metric</th>', *head), rows)
+    return (
+        f'<section><h2>Metrics beside other packings of the same data</h2>{table}<p class="caption">Shares run from 0 to 1; less '
+        "is better but for Ave-T. The other packings put all samples into packs of the shortest group that holds them all.</p>"
+        "</section>\n"
+    )
+
+
+def _table(head: Iterable[str], rows: Iterable[str]) -> str:
+    table = f"<table><thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'
+
+
+def _value(key: str, metrics: PlanMetrics, own: PlanMetrics) -> str:
+    value = float(getattr(metrics, key))
+    if not math.isfinite(value):
+        return "-"
+    if key == "epoch_s":
+        return _duration(value, like=own.epoch_s)
+    return f"{value:,.0f}" if key == "ave_t" else f"{value:.2f}" if key == "diversity" else f"{value:.4f}"
+
+
+def _figure(picture: Picture) -> str:
+    caption = f'<figcaption class="caption">{escape(picture.caption)}</figcaption>'
+    return f"<figure><h2>{escape(picture.title)}</h2>{picture.body}{caption}</figure>\n"
+
+
+def _footer(report: PlanReport) -> str:
+    seconds = ", ".join(f"{escape(phase)} {value:.2f} s" for phase, value in report.seconds.items())
+    took = f"It took: {seconds}. " if seconds else ""
+    return (
+        f"<footer><p>{took}All durations of training are modelled for H100 GPUs, none was measured. Hash of the plan, equal on "
+        f"every machine that plans the same: {report.plan.hash}</p></footer>"
+    )
+
+
+def _duration(seconds: float, *, like: float | None = None) -> str:
+    """Write a time, in the unit of ``like`` where both are compared."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    scale, unit, _ = time_unit(seconds if like is None else like)
+    value = seconds / scale
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 1 else 3}f} {unit}"
