@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchtune import config, training
 
-from hbp_tune.components import BalancePlanner, EpochPlan, PackingGroup
+from hbp_tune.components import BalancePlanner, CostModel, EpochPlan, PackingGroup, model_shape
 from hbp_tune.demo.model import TinyLlama, build, write_checkpoint
 from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed
 
@@ -164,7 +164,10 @@ def plan_of(cfg: DictConfig, world_size: int, epoch: int = 0) -> tuple[EpochPlan
     num_targets = np.array([sum(label != -100 for label in dataset[i]["labels"][1:]) for i in range(len(dataset))])
     groups = [PackingGroup(**{k: v for k, v in group.items() if k != "_component_"}) for group in cfg.groups]
     planner = BalancePlanner(**{k: v for k, v in cfg.planner.items() if k != "_component_"})
-    return planner.plan(lengths, num_targets, groups, world_size=world_size, seed=cfg.seed, epoch=epoch), dataset
+    with torch.device("meta"):
+        cost = CostModel(model_shape(config.instantiate(cfg.model)))
+    plan = planner.plan(lengths, num_targets, groups, world_size=world_size, seed=cfg.seed, epoch=epoch, cost=cost)
+    return plan, dataset
 
 
 def train_reference(

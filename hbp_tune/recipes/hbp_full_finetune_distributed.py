@@ -8,7 +8,6 @@ or copy this file into your own folder, change it, and start it by its file name
 """
 
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +26,7 @@ from hbp_tune.components import (
     AveTokenLoss,
     BalancePlanner,
     ConfigError,
+    CostModel,
     EpochPlan,
     GroupSwitch,
     HierarchicalPackedDataset,
@@ -45,14 +45,19 @@ from hbp_tune.components import (
     check_config,
     check_groups,
     check_plan_hash,
-    compare_with_naive,
+    check_saved_plan,
+    check_targets,
     default_store_directory,
+    from_rank_zero,
     is_stock_loss,
     local_files,
     make_checkpointable,
+    model_shape,
     open_token_store,
     pack_loader,
+    plan_comparison,
     print_plan,
+    read_plan,
     report_overlong,
     run_recipe,
     select_attention,
@@ -74,7 +79,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
     Args:
         cfg: keys as in torchtune's ``full_finetune_distributed``, and ``groups``, ``planner``, ``curriculum``,
             ``context_parallel``, ``compute_dtype``, ``max_steps``, ``save_every_n_steps``, ``keep_last_n_checkpoints``,
-            ``num_workers``, ``token_store_dir``.
+            ``num_workers``, ``token_store_dir``, ``plan_file``.
 
     Raises:
         ConfigError: settings that cannot work, alone or together.
@@ -102,6 +107,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self._log_peak_memory_stats = cfg.get("log_peak_memory_stats", False) and self._device.type == "cuda"
         self._clip_grad_norm = float(cfg.get("clip_grad_norm") or "inf")
         self._save_every_n_steps = cfg.get("save_every_n_steps")
+        self._plan_file = Path(cfg.plan_file) if cfg.get("plan_file") else None
 
         self._groups = tuple(build("groups", group) for group in cfg.groups)
         check_groups(self._groups, self.world_size)
@@ -161,6 +167,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         with training.set_default_dtype(self._dtype), torch.device("meta"):
             model: nn.Module = build("model", cfg.model)
         self._decoder = adapt_decoder(model)
+        self._cost = CostModel(model_shape(model))
         self._context_parallel.check_heads(
             self._groups, num_heads=self._decoder.num_heads, num_kv_heads=self._decoder.num_kv_heads
         )
@@ -216,34 +223,44 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         return steps_per_epoch
 
     def _plan_epoch(self, epoch: int, *, first_step: int) -> EpochPlan:
-        """Plan an epoch on every rank, from the same numbers to the same plan.
+        """Plan an epoch on rank 0, or take it from the saved plan, and hand it to all ranks.
 
         Raises:
-            ConfigError: ranks came to different plans.
+            ConfigError: a rank received another plan than rank 0 made.
         """
-        with warnings.catch_warnings():
-            if not self._is_rank_zero:
-                warnings.simplefilter("ignore")
-            plan: EpochPlan = self._planner.plan(
-                self._store.lengths,
-                self._num_targets,
-                self._groups,
-                world_size=self.world_size,
-                seed=self.seed,
-                epoch=epoch,
-                curriculum=self._curriculum,
-                first_step=first_step,
+
+        def make() -> tuple[EpochPlan, str]:
+            if self._plan_file:
+                plan = check_saved_plan(
+                    read_plan(self._plan_file), epoch, self._store.lengths, self._groups, world_size=self.world_size
+                )
+                check_targets(plan, self._num_targets)  # lengths alone do not tell them
+            else:
+                plan = self._planner.plan(
+                    self._store.lengths,
+                    self._num_targets,
+                    self._groups,
+                    world_size=self.world_size,
+                    seed=self.seed,
+                    epoch=epoch,
+                    curriculum=self._curriculum,
+                    first_step=first_step,
+                    cost=self._cost,
+                )
+            return plan, plan.hash
+
+        plan, plan_hash = from_rank_zero(make)
+        if plan.hash != plan_hash:
+            raise ConfigError(
+                f"rank {self.rank} received plan {plan.hash[:12]} of epoch {epoch}, rank 0 made {plan_hash[:12]}; are the "
+                f"versions of numpy and of this package the same on all nodes?"
             )
-        hashes: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(hashes, plan.hash)
-        if len(set(hashes)) > 1:
-            raise ConfigError(f"ranks planned epoch {epoch} differently ({hashes}); are their package versions the same?")
         return plan
 
     def _show_plan(self, plan: EpochPlan) -> None:
         lengths = self._store.lengths
-        compared = compare_with_naive(self._planner, lengths, self._groups, world_size=self.world_size, seed=self.seed)
-        print_plan(plan, lengths, tokens_per_step=tokens_per_step(plan), compared=compared)
+        compared = plan_comparison(plan, self._planner, lengths, seed=self.seed, cost=self._cost)
+        print_plan(plan, lengths, tokens_per_step=tokens_per_step(plan), compared=compared, cost=self._cost)
         if line := report_overlong(plan, lengths, self._store.sources, self._output_dir):
             log.warning(line)
 

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from hbp_tune.components import PackingGroup, build
+from hbp_tune.components import ISF, PackingGroup, build
 from hbp_tune.components.planning.errors import ConfigError
 
 GROUP = "hbp_tune.components.PackingGroup"
@@ -14,6 +14,17 @@ def test_builds_with_arguments_of_the_caller() -> None:
     node = OmegaConf.create({"_component_": GROUP, "name": "short", "pack_len": 64})
     assert build("groups", node) == PackingGroup(name="short", pack_len=64)
     assert build("groups", node, ac_layers=2, pack_len=128) == PackingGroup(name="short", pack_len=128, ac_layers=2)
+
+
+def test_components_inside_components_are_built_first() -> None:
+    planner = {"_component_": "hbp_tune.components.BalancePlanner", "mode": "paper", "tokens_per_step": "${tokens}"}
+    cfg = OmegaConf.create({"tokens": 64, "planner": {**planner, "packer": {"_component_": "hbp_tune.components.ISF"}}})
+    built = build("planner", cfg.planner)
+    assert isinstance(built.packer, ISF)
+    assert built.tokens_per_step == 64
+    cfg.planner.packer._component_ = "hbp_tune.components.IFS"
+    with pytest.raises(ConfigError, match=r"^config key 'planner.packer' \(hbp_tune.components.IFS\) cannot be built"):
+        build("planner", cfg.planner)
 
 
 @pytest.mark.parametrize(

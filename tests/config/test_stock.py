@@ -12,7 +12,7 @@ from torchtune import config, training
 from torchtune._recipe_registry import get_all_recipes
 
 from hbp_tune.components import Ulysses, adapt_decoder, build, check_config, check_groups
-from hbp_tune.components.config.stock import is_stock_loss, local_files
+from hbp_tune.components.config.stock import is_stock_loss, local_files, missing_tokenizer_files
 from hbp_tune.components.planning.errors import ConfigError
 from hbp_tune.recipes import hbp_full_finetune_distributed
 
@@ -237,11 +237,39 @@ def test_missing_groups_show_the_least_that_works(groups: Any) -> None:
     check_groups([build("groups", group) for group in least.groups], world_size=1)
 
 
-@pytest.mark.parametrize("key", ["epochs", "max_steps", "save_every_n_steps", "keep_last_n_checkpoints", "log_every_n_steps"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "epochs",
+        "max_steps",
+        "save_every_n_steps",
+        "keep_last_n_checkpoints",
+        "log_every_n_steps",
+        "num_samples",
+        "world_size",
+    ],
+)
 @pytest.mark.parametrize("value", [0, -1, 2.5, "two"])
 def test_counts_are_whole_numbers(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"{key}={value} must be a whole number of at least 1"):
         check_config(settings(**{key: value}))
+
+
+def test_what_only_planning_reads_does_not_disturb_training() -> None:
+    planning = {"lengths": "lengths.csv", "lengths_column": "n", "num_samples": 9, "world_size": 64, "baselines": ["ffd"]}
+    check_config(settings(**planning))
+    with pytest.raises(ConfigError, match="unknown key 'lenghts': did you mean 'lengths'"):
+        check_config(settings(lenghts="lengths.csv"))
+
+
+def test_a_recipe_that_needs_less_asks_for_less() -> None:
+    cfg = settings(dataset=None, checkpointer=None, device=None)
+    check_config(cfg, ["output_dir", "model", "epochs"])
+    for key in ("dataset", "checkpointer", "device"):
+        del cfg[key]
+    check_config(cfg, ["output_dir", "model", "epochs"])
+    with pytest.raises(ConfigError, match="config key 'dataset' is missing"):
+        check_config(cfg, ["model", "dataset"])
 
 
 def test_packed_data_sets_are_refused() -> None:
@@ -306,3 +334,17 @@ def test_a_missing_data_file_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         ConfigError, match=r"hbp_demo/chat.jsonl does not exist .*; `python -m hbp_tune.demo` makes the demo's data"
     ):
         local_files(settings(dataset=data("hbp_demo/chat.jsonl")))
+
+
+def test_missing_files_of_the_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    here, away = str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
+
+    def missing(tokenizer: Any) -> list[str]:
+        return missing_tokenizer_files(settings(tokenizer=tokenizer))
+
+    assert missing({"_component_": "t", "path": here, "merges_file": away, "max_seq_len": 5}) == [away]
+    assert missing({"_component_": "t", "path": here, "special_tokens_path": None}) == []
+    assert missing({"_component_": "t", "path": away, "tokenizer_json_path": "none.json"}) == [away, "none.json"]
+    assert missing({"_component_": "t", "prompt_template": "no.such.file"}) == []
+    assert missing("t") == []

@@ -11,7 +11,7 @@ from torchtune import training
 
 from hbp_tune.demo.model import TinyLlama, build
 from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed
-from tests.helpers import SHAPE, mixed_lengths, recipe_config
+from tests.helpers import SHAPE, mixed_lengths, plan_of, recipe_config
 from tests.ranks import RankPool
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
@@ -75,6 +75,7 @@ def test_training_moved_the_weights_and_a_new_run_starts_from_them(ranks: Callab
 
 
 def test_every_epoch_and_the_last_step_are_exported(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
-    cfg = recipe_config(tmp_path, mixed_lengths(20, 512, seed=5), GROUPS, epochs=3, max_steps=3)
+    cfg = recipe_config(tmp_path, mixed_lengths(20, 512, seed=5), GROUPS, epochs=3)
+    cfg.max_steps = plan_of(cfg, world_size=2)[0].num_steps + 1
     ranks(2).run(train_and_keep_weights_job, cfg, str(tmp_path / "weights.pt"))
     assert sorted(path.name for path in (tmp_path / "out").glob("epoch_*")) == ["epoch_0", "epoch_1"]

@@ -3,7 +3,7 @@
 import traceback
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
 from hbp_tune.components.planning.errors import ConfigError, HbpError
@@ -11,6 +11,8 @@ from hbp_tune.components.planning.errors import ConfigError, HbpError
 
 def build(key: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     """Build the ``_component_`` of a configuration key, as ``torchtune.config.instantiate`` does.
+
+    Arguments that are components themselves (``planner.packer``) are built first, which torchtune leaves to the component.
 
     Args:
         key: where the node stands, for the error.
@@ -24,7 +26,7 @@ def build(key: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     if node is None:
         raise ConfigError(f"config key {key!r} is empty; give it a _component_")
     try:
-        return config.instantiate(node, *args, **kwargs)
+        return config.instantiate(_with_built_arguments(key, node), *args, **kwargs)
     except Exception as error:
         if isinstance(error, HbpError):  # it says what is wrong by itself
             raise
@@ -34,3 +36,14 @@ def build(key: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
             f"config key {key!r} ({component}) cannot be built: {type(error).__name__}: {' '.join(str(error).split())} "
             f"[{place.filename}:{place.lineno}]"
         ) from error
+
+
+def _with_built_arguments(key: str, node: DictConfig) -> DictConfig:
+    if not OmegaConf.is_dict(node):
+        return node  # torchtune says what is wrong with it
+    names = [str(name) for name in node if OmegaConf.is_dict(node[name]) and node[name].get("_component_")]
+    if not names:
+        return node
+    built = {name: build(f"{key}.{name}", node[name]) for name in names}
+    plain: Any = OmegaConf.to_container(node, resolve=True)
+    return OmegaConf.create({**plain, **built}, flags={"allow_objects": True})

@@ -3,7 +3,7 @@
 import difflib
 import glob
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,21 @@ _OURS = frozenset(
         "keep_last_n_checkpoints",
         "num_workers",
         "token_store_dir",
+        "plan_file",
     ]
+)
+# Keys of `hbp_plan`, which training takes no notice of: one file serves both.
+_PLAN = frozenset(["lengths", "lengths_column", "num_samples", "world_size", "baselines"])
+# Keys without which there is no training.
+REQUIRED = ("output_dir", "tokenizer", "dataset", "model", "checkpointer", "optimizer", "device", "dtype", "epochs")
+_COUNTS = (
+    "epochs",
+    "max_steps",
+    "save_every_n_steps",
+    "keep_last_n_checkpoints",
+    "log_every_n_steps",
+    "num_samples",
+    "world_size",
 )
 # Keys of the stock recipe whose default (no effect) is fine, and what to use in place of anything else.
 _REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -72,8 +86,12 @@ _REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {
 _STOCK_LOSSES = ("torchtune.modules.loss.CEWithChunkedOutputLoss", "torch.nn.CrossEntropyLoss")
 
 
-def check_config(cfg: Mapping[str, Any]) -> None:
+def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> None:
     """Check a recipe's keys before anything is built.
+
+    Args:
+        cfg: the whole configuration.
+        required: keys that the recipe cannot do without.
 
     Raises:
         ConfigError: a key is missing, replaced by another one, or looks like a misspelling.
@@ -81,15 +99,15 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     for key, (harmless, replacement) in _REPLACED.items():
         if key in cfg and not any(cfg[key] is value or cfg[key] == value for value in harmless):
             raise ConfigError(f"{key}={cfg[key]} of torchtune's stock recipe has no place here, remove it: {replacement}")
-    known = _CARRIED | _OURS | _REPLACED.keys()
+    known = _CARRIED | _OURS | _PLAN | _REPLACED.keys()
     for key in cfg:
         # Keys of the user's own, for interpolation, are fine; a near miss of a known key is a mistake.
         if key not in known and (meant := difflib.get_close_matches(key, known, n=1, cutoff=0.85)):
             raise ConfigError(f"unknown key {key!r}: did you mean {meant[0]!r}? Rename it if it is a value of your own")
-    for key in ("output_dir", "tokenizer", "dataset", "model", "checkpointer", "optimizer", "device", "dtype", "epochs"):
+    for key in required:
         if cfg.get(key) is None:
             raise ConfigError(f"config key {key!r} is missing")
-    for key in ("epochs", "max_steps", "save_every_n_steps", "keep_last_n_checkpoints", "log_every_n_steps"):
+    for key in _COUNTS:
         value = cfg.get(key)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ConfigError(f"{key}={value} must be a whole number of at least 1" + ("" if key == "epochs" else ", or null"))
@@ -98,7 +116,7 @@ def check_config(cfg: Mapping[str, Any]) -> None:
             "config key 'groups' is missing; the least is groups: "
             "[{_component_: hbp_tune.components.PackingGroup, name: all, pack_len: 8192}]"
         )
-    for index, dataset in enumerate(_datasets(cfg)):
+    for index, dataset in enumerate(_datasets(cfg) if "dataset" in required else ()):
         if dataset.get("packed"):
             raise ConfigError(f"dataset {index}: packed=True has no place here, remove it: groups decide how samples are packed")
 
@@ -140,6 +158,13 @@ def local_files(cfg: Mapping[str, Any]) -> list[Path]:
     # A tokenizer's arguments may hold whole prompts; Path.is_file fails on strings too long for a name.
     files += [Path(name) for name in _strings(cfg["tokenizer"]) if os.path.isfile(name)]
     return files
+
+
+def missing_tokenizer_files(cfg: Mapping[str, Any]) -> list[str]:
+    """Find the files that the tokenizer names (by ``path``, ``..._path`` or ``..._file``) and that do not exist."""
+    tokenizer = cfg["tokenizer"]
+    keys = [key for key in tokenizer if key == "path" or key.endswith(("_path", "_file"))] if hasattr(tokenizer, "keys") else []
+    return [tokenizer[key] for key in keys if isinstance(tokenizer[key], str) and not os.path.isfile(tokenizer[key])]
 
 
 def _datasets(cfg: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -1,0 +1,344 @@
+"""Plan a fine-tuning run without GPU, weights or torchrun: does Hierarchical Balance Packing pay for these data?
+
+Start it with
+
+    tune run hbp_plan --config llama3_1/8B_hbp_full [key=value ...]
+
+or copy this file into your own folder, change it, and start it by its file name. Every configuration of
+``hbp_full_finetune_distributed`` serves unchanged, and the plan is the one that such a run trains by.
+"""
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import nn
+from torchtune import config, training
+
+from hbp_tune.components import (
+    BASELINE_NAMES,
+    LENGTH_SUFFIXES,
+    BalancePlanner,
+    CharacterEstimate,
+    ConfigError,
+    CostModel,
+    EpochPlan,
+    PlanMetrics,
+    PlanReport,
+    Ulysses,
+    adapt_decoder,
+    build,
+    check_config,
+    check_groups,
+    default_store_directory,
+    estimate_lengths,
+    expected_time,
+    headline,
+    local_files,
+    measure,
+    missing_tokenizer_files,
+    model_shape,
+    one_length_group,
+    open_token_store,
+    plan_baseline,
+    plan_warnings,
+    print_groups,
+    print_lengths,
+    print_metrics,
+    read_lengths,
+    render_page,
+    report_overlong,
+    run_recipe,
+    store_key,
+    synthetic_lengths,
+    tokens_per_step,
+    write_plan,
+    write_summary,
+)
+
+DEFAULT_WORLD_SIZE = 8
+
+
+class HBPPlanRecipe:
+    """Plan all epochs of a run, and compare the first with packing the same samples to one length.
+
+    Args:
+        cfg: keys as in ``hbp_full_finetune_distributed``. Those that decide no plan (optimizer, checkpointer ...) are not
+            read, so that their files may be missing; without the tokenizer's files, lengths are estimated. And
+
+            - ``world_size``: ranks to plan for; by default 8, or the next number that all CP degrees divide.
+            - ``lengths``: replaces dataset and tokenizer: a file (.csv, .csv.gz, .parquet, .npy) or the name of a synthetic
+              distribution (``tulu3_longcite`` ...); with it ``lengths_column`` of the file, ``num_samples`` of the
+              distribution.
+            - ``baselines``: packers to compare with, beside ``isf``.
+
+    Raises:
+        ConfigError: settings that cannot work, alone or together.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        check_config(cfg, ["output_dir", "model", "epochs", *([] if cfg.get("lengths") else ["dataset", "tokenizer"])])
+        if dist.is_torchelastic_launched():
+            raise ConfigError("hbp_plan is one process; start it by `tune run hbp_plan` and set world_size=N instead")
+        self._groups = tuple(build("groups", group) for group in cfg.groups)
+        self.world_size = cfg.get("world_size") or self._default_world_size()
+        check_groups(self._groups, self.world_size)
+        self._planner = build("planner", cfg.planner) if cfg.get("planner") else BalancePlanner()
+        self._curriculum = build("curriculum", cfg.curriculum) if cfg.get("curriculum") else None
+        self._context_parallel = build("context_parallel", cfg.context_parallel) if cfg.get("context_parallel") else Ulysses()
+        self._baselines = _baseline_names(cfg.get("baselines"))
+        self._epochs, self._max_steps = cfg.epochs, cfg.get("max_steps")
+        self._output_dir = Path(cfg.output_dir)
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._seconds: dict[str, float] = {}
+        self._notes = [] if cfg.get("world_size") else [f"Planned for {self.world_size} ranks; set world_size=N for others."]
+        self.seed = training.set_seed(seed=cfg.get("seed"))
+        if cfg.get("seed") is None:
+            self._notes.append(f"No seed is set: this is the plan of seed={self.seed}, training draws its own.")
+
+    def _default_world_size(self) -> int:
+        step = math.lcm(*(group.cp_degree for group in self._groups))
+        return -(-DEFAULT_WORLD_SIZE // step) * step
+
+    def setup(self, cfg: DictConfig) -> None:
+        """Check the groups against the model, then find the length of every sample.
+
+        Raises:
+            ConfigError: ``num_samples`` for data, which have their own number.
+        """
+        self._setup_decoder(cfg)
+        with self._timed("read"):
+            if cfg.get("lengths"):
+                self._read_lengths(str(cfg.lengths), cfg.get("lengths_column"), cfg.get("num_samples"))
+            elif cfg.get("num_samples"):
+                raise ConfigError(
+                    f"num_samples={cfg.num_samples} needs lengths=NAME of a distribution; remove it for the data set"
+                )
+            else:
+                self._read_data(cfg)
+
+    def _setup_decoder(self, cfg: DictConfig) -> None:
+        """Build the decoder without weights, check that the groups suit it, and derive what a token costs.
+
+        Raises:
+            ConfigError: a group recomputes more layers than there are.
+        """
+        with torch.device("meta"):
+            model: nn.Module = build("model", cfg.model)
+        self._decoder = adapt_decoder(model)
+        self._context_parallel.check_heads(
+            self._groups, num_heads=self._decoder.num_heads, num_kv_heads=self._decoder.num_kv_heads
+        )
+        for group in self._groups:
+            if group.ac_layers > len(self._decoder.layers):
+                raise ConfigError(
+                    f"group {group.name!r}: ac_layers={group.ac_layers} is more than the model's "
+                    f"{len(self._decoder.layers)} layers; set {len(self._decoder.layers)} to recompute all of them"
+                )
+        self._cost = CostModel(model_shape(model))
+
+    def _read_lengths(self, name: str, column: str | None, num_samples: int | None) -> None:
+        """Take lengths from a file or a distribution, without data and tokenizer.
+
+        Raises:
+            ConfigError: it is neither, or a file's number of samples is given.
+        """
+        self._classes: NDArray[np.int16] | None
+        if name.lower().endswith(LENGTH_SUFFIXES) or os.path.sep in name or os.path.exists(name):
+            if num_samples is not None:
+                raise ConfigError(f"num_samples={num_samples} is for synthetic lengths; {name} has its own number, remove it")
+            self._lengths, self._classes = read_lengths(Path(name), column)
+            self._lengths_from = name
+        else:
+            try:
+                self._lengths, self._classes = synthetic_lengths(name, num_samples)
+            except ConfigError as error:
+                raise ConfigError(f"lengths={name} is no file ({', '.join(LENGTH_SUFFIXES)}), and {error}") from error
+            self._lengths_from = f"synthetic lengths, {name}"
+        self._num_targets = np.ones_like(self._lengths)  # nobody knows them
+        self._sources = np.zeros(len(self._lengths), dtype=np.int16)
+
+    def _read_data(self, cfg: DictConfig) -> None:
+        """Tokenise the data set into the store that training reads, or estimate its lengths where there is no tokenizer."""
+        files = local_files(cfg)
+        missing = missing_tokenizer_files(cfg)
+        tokenizer = CharacterEstimate(cfg.tokenizer.get("max_seq_len")) if missing else build("tokenizer", cfg.tokenizer)
+        nodes = list(cfg.dataset) if OmegaConf.is_list(cfg.dataset) else [cfg.dataset]
+        sources = [build(f"dataset[{index}]", node, tokenizer) for index, node in enumerate(nodes)]
+        if missing:
+            self._lengths, self._num_targets, self._sources = estimate_lengths(sources)
+            self._lengths_from = f"estimated from the text's bytes, as the tokenizer's {missing[0]} does not exist"
+        else:
+            settings = [OmegaConf.to_container(cfg[name], resolve=True) for name in ("dataset", "tokenizer")]
+            key = store_key([*settings, [len(source) for source in sources]], files)
+            path = Path(cfg.get("token_store_dir") or default_store_directory()) / key
+            store = open_token_store(sources, path, is_builder=True)
+            self._lengths, self._sources = store.lengths, store.sources
+            self._num_targets = store.num_targets_within(self._groups[-1].pack_len)
+            self._lengths_from = "the data set's tokens"
+        self._classes = self._sources if len(nodes) > 1 else None
+
+    def plan(self) -> PlanReport:
+        """Plan every epoch up to the last step, and compare the first with other ways to pack it.
+
+        Raises:
+            ConfigError: a document is longer than the positions that the model encodes.
+        """
+        plans: list[EpochPlan] = []
+        num_steps = 0
+        with self._timed("plan"), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            while len(plans) < self._epochs and (self._max_steps is None or num_steps < self._max_steps):
+                plans.append(self._plan_epoch(len(plans), first_step=num_steps))
+                num_steps += plans[-1].num_steps
+        if (longest := int(plans[0].lengths.max())) > self._decoder.max_seq_len:
+            raise ConfigError(
+                f"the longest sample that is trained has {longest} tokens, the model encodes {self._decoder.max_seq_len} "
+                f"positions (max_seq_len); lower pack_len of group {self._groups[-1].name!r} and set planner.overlong, or "
+                f"use a model builder with a larger max_seq_len"
+            )
+        with self._timed("measure"):
+            metrics = measure(plans[0], self._cost, self._classes)
+        with self._timed("baselines"):
+            naive, baselines = self._compare(plans[0])
+        with self._writing():
+            overlong = report_overlong(plans[0], self._lengths, self._sources, self._output_dir)
+        return PlanReport(
+            lengths=self._lengths,
+            lengths_from=self._lengths_from,
+            plans=tuple(plans),
+            naive=naive,
+            cost=self._cost,
+            metrics=metrics,
+            baselines=baselines,
+            headline=headline(plans[0], naive, metrics=metrics, naive_metrics=baselines["isf"], cost=self._cost),
+            warnings=(
+                *([overlong] if overlong else []),
+                *dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning),
+                *plan_warnings(plans[0]),
+            ),
+            seconds=self._seconds,
+        )
+
+    def _plan_epoch(self, epoch: int, *, first_step: int) -> EpochPlan:
+        plan: EpochPlan = self._planner.plan(
+            self._lengths,
+            self._num_targets,
+            self._groups,
+            world_size=self.world_size,
+            seed=self.seed,
+            epoch=epoch,
+            curriculum=self._curriculum,
+            first_step=first_step,
+            cost=self._cost,
+        )
+        return plan
+
+    def _compare(self, plan: EpochPlan) -> tuple[EpochPlan, dict[str, PlanMetrics]]:
+        """Pack the plan's samples to one length, by each baseline's packer."""
+        naive, metrics = plan, {}
+        for name in self._baselines:
+            baseline = plan_baseline(
+                name,
+                self._lengths,
+                one_length_group(self._groups, plan.lengths),
+                world_size=self.world_size,
+                seed=self.seed,
+                tokens_per_step=getattr(self._planner, "tokens_per_step", None),  # a planner of the user's may have none
+                overlong="drop" if len(plan.dropped) else "truncate" if len(plan.truncated) else "error",
+            )
+            metrics[name] = measure(baseline, self._cost, self._classes)
+            if name == "isf":
+                naive = baseline
+        return naive, metrics
+
+    def report(self, report: PlanReport) -> None:
+        """Say what was found, the answer first, and write the plan, its figures and a page about it."""
+        plan = report.plan
+        self._console.print(f"\n{report.headline}\n", style="bold", markup=False)
+        for note in (f"Lengths: {report.lengths_from}.", *self._notes):
+            self._console.print(note, markup=False)
+        self._console.print()
+        print_lengths(report.lengths, self._console)
+        print_groups(plan, tokens_per_step(plan), self._console)
+        rows = {"HBP": report.metrics} | {name: report.baselines[name] for name in self._baselines}
+        print_metrics(rows, self._console, ranks=self.world_size)
+        self._console.print(expected_time(report.plans, report.cost, self._max_steps), markup=False)
+        for line in report.warnings:
+            self._console.print(f"warning: {line}", style="yellow", markup=False)
+        written = self._write(report)
+        self._console.print(f"Written: {', '.join(str(path) for path in written)}", markup=False)
+        self._console.print(f"Training makes the same plan, or takes this one with plan_file={written[0]}", markup=False)
+
+    def _write(self, report: PlanReport) -> list[Path]:
+        """Write the files aside, and rename them when all are complete: what exists is whole and of one plan."""
+        writers: dict[str, Callable[[Path], object]] = {
+            "plan.parquet": lambda path: write_plan(path, report.plans),
+            "plan.html": lambda path: path.write_text(render_page(report), encoding="utf-8"),
+            "plan.json": lambda path: write_summary(path, report),
+        }
+        aside = {self._output_dir / f"{name}.{os.getpid()}.tmp": self._output_dir / name for name in writers}
+        try:
+            with self._writing():
+                for path, write in zip(aside, writers.values(), strict=True):
+                    with self._timed("write"):  # each file that shows figures has the time of those before it
+                        write(path)
+                return [path.replace(final) for path, final in aside.items()]
+        finally:
+            for path in aside:
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            self._output_dir.mkdir(parents=True, exist_ok=True)
+            yield
+        except OSError as error:
+            raise ConfigError(f"output_dir={self._output_dir} cannot be written: {error.strerror or error}") from error
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _baseline_names(wanted: Any) -> list[str]:
+    """Give ``isf`` and the names in a list, or the one name.
+
+    Raises:
+        ConfigError: there is no such baseline; said before anything is planned.
+    """
+    names = dict.fromkeys(["isf", *([wanted] if isinstance(wanted, str) else wanted or [])])
+    for name in names:
+        if name not in BASELINE_NAMES:
+            raise ConfigError(f"baselines: {name!r} is unknown; choose from {', '.join(BASELINE_NAMES)}")
+    return list(names)
+
+
+@config.parse  # type: ignore[untyped-decorator]
+def recipe_main(cfg: DictConfig) -> None:
+    """Plan by the settings in ``cfg``: the YAML file's, overwritten by ``key=value`` from the command line."""
+    recipe = HBPPlanRecipe(cfg)
+    recipe.setup(cfg)
+    recipe.report(recipe.plan())
+
+
+def main() -> None:
+    """Run from the command line; ``--config`` takes a path or the name of a packaged configuration."""
+    run_recipe(recipe_main)
+
+
+if __name__ == "__main__":
+    main()
