@@ -20,21 +20,17 @@ from pathlib import Path
 REPEATS = 3
 PLANNER = "planner._component_=hbp_tune.components.BalancePlanner planner.mode={} planner.tokens_per_step=16384"
 PAPER = PLANNER.format("paper")
-ONE_LENGTH = "groups=[{{_component_:hbp_tune.components.PackingGroup,name:all,pack_len:8192}}]"
+GROUP = "{{_component_: hbp_tune.components.PackingGroup, name: {}, pack_len: {}}}"
+ONE_LENGTH = f"groups=[{GROUP.format('all', 8192)}]"
+TWO_LENGTHS = f"groups=[{GROUP.format('short', 1024)},{GROUP.format('long', 8192)}]"
 CASES = {
     "isf, one length": [*PAPER.split(), "planner.fill=False", "planner.sort_by=null", ONE_LENGTH],
-    "paper, attention": PAPER.split(),
-    "paper, cost": [*PAPER.split(), "planner.sort_by=cost"],
-    "cost": PLANNER.format("cost").split(),
+    "paper, attention": [*PAPER.split(), TWO_LENGTHS],
+    "paper, cost": [*PAPER.split(), "planner.sort_by=cost", TWO_LENGTHS],
+    "cost": [*PLANNER.format("cost").split(), TWO_LENGTHS],
 }
-# A model whose attention weighs as much as a real one's at these lengths, of whole cores' work.
-COMMON = [
-    "groups.1.cp_degree=1",
-    "groups.1.ac_layers=0",
-    "curriculum=null",
-    "save_every_n_steps=null",
-    "log_every_n_steps=1",
-]
+# Nothing but training in the timed steps.
+COMMON = ["curriculum.steps=0", "save_every_n_steps=null", "log_every_n_steps=1"]
 
 
 def run(case: str, overrides: list[str]) -> dict[str, object]:
@@ -45,7 +41,7 @@ def run(case: str, overrides: list[str]) -> dict[str, object]:
             [*command, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
         )
         if result.returncode:
-            sys.exit(result.stderr[-2000:])
+            sys.exit(next((line for line in result.stderr.splitlines() if line.startswith("error:")), result.stderr[-2000:]))
         log = next(Path(directory, "logs").glob("*.txt")).read_text()
     steps = [
         (int(re.search(r"num_tokens:(\d+)", line)[1]), float(re.search(r"tokens_per_second_per_gpu:([\d.]+)", line)[1]))

@@ -483,6 +483,14 @@ def test_samples_go_to_a_group_that_they_do_not_hold_up() -> None:
     assert 302 in ids_in_group(plan, 1)
 
 
+def test_idle_time_beside_long_samples_goes_to_the_next_shorter_group_first() -> None:
+    groups = tuple(PackingGroup(name=name, pack_len=n) for name, n in (("a", 8), ("b", 16), ("c", 64)))
+    # Beside 60 tokens, 30 leave a gap of about as many: b's 16 and 10 fit, and then 2 of a, but not 8.
+    plan = plan_of(array(60, 30, 16, 10, 8, 2), groups, cost=cost_doubling_at(10_000), world_size=2)
+    assert ids_in_group(plan, 2) == [0, 1, 2, 3, 5]
+    assert ids_in_group(plan, 0) == [4]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_steps_cost_the_same_without_a_partial_one(seed: int) -> None:
     lengths, groups, cost = chat_lengths(20_000, 16_384, seed), [PackingGroup(name="all", pack_len=16_384)], CostModel()

@@ -18,13 +18,13 @@ from hbp_tune.components.planning.lpt import lpt
 from hbp_tune.components.planning.packs import Packs
 from hbp_tune.components.planning.records import PackingGroup
 
-# The longest sample of a group must leave room for levelling: at 1.00 steps idle 0.4%, at 0.93 0.04% (32 replicas of 16K).
+# The longest sample of a group must leave room for levelling: at 1.00 steps idle 0.4%, at 0.96 0.04% (32 replicas of 16K).
 _LIMIT_SHARE = 0.96
 # Up to this share of a group's tokens may move on to the next group.
 _FEW_SHARE = 0.05
 # Shares of the token slots to fill, the fullest first: the cheapest packs reach their length before they reach the level.
 _FILLS = (1.0, 0.99, 0.98, 0.97, 0.96, 0.94, 0.92, 0.89, 0.85, 0.8, 0.7, 0.6, 0.5)
-# What a per cent of padding may cost in per cent of idle time: slots cost varlen kernels nothing, more steps cost a little.
+# Per cent of idle time that a per cent of padding is worth: slots cost varlen kernels nothing, more steps cost a little.
 _FILL_PRICE = 0.02
 # Windows of at least this many packs are dealt together: 32 idle 0.15%, 128 0.04%, and steps stay as diverse.
 _WINDOW_PACKS = 128
@@ -174,12 +174,17 @@ def _best_fill(
         place = np.empty(len(pilot), dtype=np.int64)
         if _deal_windows(pilot, ends, packs, cost.double_len, pack_len, place):
             continue
-        load = np.bincount(place, weights=cost.sample_cost(pilot), minlength=packs.sum())
+        load = np.bincount(place, weights=cost.sample_cost(pilot), minlength=packs.sum()).astype(np.int64)
         slices = np.sort(load.reshape(len(packs), -1), axis=1).reshape(-1, num_replicas)
-        price = 1 - slices.mean(axis=1).sum() / slices.max(axis=1).sum() + _FILL_PRICE * (1 - fill)
+        price = _price(slices.max(axis=1, keepdims=True) - slices, slices, fill)
         if price < best_price:
             best, best_price = fill, price
     return best
+
+
+def _price(idle: NDArray[np.int64], load: NDArray[np.int64], fill: float) -> float:
+    """Weigh idle time against padding; from sums of whole numbers, which no machine rounds its own way."""
+    return int(idle.sum()) / int(load.max(axis=1).sum() * load.shape[1]) + _FILL_PRICE * (1 - fill)
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -257,12 +262,14 @@ def _deal_evenly(lengths: NDArray[np.int64], cost: CostModel, pack_len: int, num
         place = np.empty(len(lengths), dtype=np.int64)
         if (fill == 0.0 and len(best)) or lpt(lengths, cost.double_len, slices * num_replicas, pack_len, place):
             continue
-        load = np.bincount(place, weights=cost.sample_cost(lengths), minlength=slices * num_replicas)
+        load, tokens = (
+            np.bincount(place, weights=values, minlength=slices * num_replicas).astype(np.int64)
+            for values in (cost.sample_cost(lengths), lengths)
+        )
         order = np.argsort(-load, kind="stable")
-        room = pack_len - np.bincount(place, weights=lengths, minlength=slices * num_replicas)[order]
         sliced = load[order].reshape(-1, num_replicas)
-        idle = np.maximum(0.0, sliced.max(axis=1, keepdims=True) - sliced - room.reshape(sliced.shape) * cost.double_len)
-        price = idle.sum() / (sliced.max(axis=1).sum() * num_replicas) + _FILL_PRICE * (1 - fill)
+        fillable = (pack_len - tokens[order]).reshape(sliced.shape) * cost.double_len
+        price = _price(np.maximum(0, sliced.max(axis=1, keepdims=True) - sliced - fillable), sliced, fill)
         if price < best_price:
             best, best_price = np.argsort(order)[place], price
     return best, num_replicas * (int(best.max()) // num_replicas + 1)
