@@ -259,7 +259,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     def _show_plan(self, plan: EpochPlan) -> None:
         lengths = self._store.lengths
-        compared = plan_comparison(plan, self._planner, lengths, seed=self.seed, cost=self._cost)
+        compared = plan_comparison(plan, self._planner, seed=self.seed, cost=self._cost)
         print_plan(plan, lengths, tokens_per_step=tokens_per_step(plan), compared=compared, cost=self._cost)
         if line := report_overlong(plan, lengths, self._store.sources, self._output_dir):
             log.warning(line)

@@ -104,7 +104,7 @@ def test_one_length_is_the_shortest_that_holds_every_sample() -> None:
 def test_the_comparison_plans_as_the_run_does(two_groups: tuple[PackingGroup, ...], draw_lengths: Draw, mode: str) -> None:
     lengths, planner, cost = draw_lengths(2), BalancePlanner(tokens_per_step=2000, mode=mode), cost_doubling_at(30)
     plan = planner.plan(lengths, lengths, two_groups, world_size=4, seed=7, cost=cost)
-    compared = plan_comparison(plan, planner, lengths, seed=7, cost=cost)
+    compared = plan_comparison(plan, planner, seed=7, cost=cost)
     assert list(compared) == ["HBP", "one length"]
     assert compared["HBP"] is plan
     assert compared["one length"].groups == two_groups[-1:]
@@ -117,7 +117,7 @@ def test_the_comparison_is_on_more_ranks_where_one_pack_takes_all(
 ) -> None:
     lengths, planner, cost = draw_lengths(1), BalancePlanner(), cost_doubling_at(30)
     plan = planner.plan(lengths, lengths, two_groups, world_size=2, seed=0, cost=cost)
-    compared = plan_comparison(plan, planner, lengths, seed=0, cost=cost)
+    compared = plan_comparison(plan, planner, seed=0, cost=cost)
     assert [each.world_size for each in compared.values()] == [8, 8]
     for each in compared.values():
         assert_lawful(each, lengths)
@@ -131,9 +131,9 @@ def test_the_comparison_is_of_the_same_samples(
 ) -> None:
     lengths, planner = np.append(draw_lengths(1), array(500, 600)), BalancePlanner(overlong=overlong)
     plan = planner.plan(lengths, lengths, two_groups, world_size=world_size, seed=0)
-    placed = range(len(lengths) - 2) if overlong == "drop" else None
-    for each in plan_comparison(plan, planner, lengths, seed=0, cost=CostModel()).values():
-        assert_lawful(each, lengths, placed)
+    # A saved plan may have been made under another policy than the run's.
+    for each in plan_comparison(plan, BalancePlanner(), seed=0, cost=CostModel()).values():
+        assert np.array_equal(np.sort(each.lengths), np.sort(plan.lengths))
 
 
 def test_the_comparison_is_silent(two_groups: tuple[PackingGroup, ...], draw_lengths: Draw) -> None:
@@ -143,4 +143,4 @@ def test_the_comparison_is_silent(two_groups: tuple[PackingGroup, ...], draw_len
         plan = planner.plan(lengths, lengths, two_groups, world_size=2, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plan_comparison(plan, planner, lengths, seed=0, cost=CostModel())
+        plan_comparison(plan, planner, seed=0, cost=CostModel())

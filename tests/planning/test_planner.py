@@ -552,3 +552,25 @@ def test_small_data_sets_fill_their_packs(num_samples: int) -> None:
     lengths, groups = chat_lengths(num_samples, 8192), [PackingGroup(name="all", pack_len=16_384)]
     plan = plan_of(lengths, groups, world_size=8)
     assert plan.num_steps <= -(-int(lengths.sum()) // (8 * 16_384)) + 1
+
+
+class _BrokenPacker:
+    """Breaks the contract of a packer."""
+
+    def __init__(self, places: list[int]) -> None:
+        self._places = places
+
+    def place(self, lengths: Lengths, pack_len: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+        return np.array(self._places)
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ([0, 0], r"_BrokenPacker overfills a pack of group 'short': a pack holds pack_len=64 tokens"),
+        ([0, 2], r"_BrokenPacker leaves empty a pack of group 'short': .* numbered from 0 without gaps; mend its place\(\)"),
+    ],
+)
+def test_a_packer_that_breaks_its_contract_is_named(two_groups: Groups, places: list[int], message: str) -> None:
+    with pytest.raises(PackingError, match=message):
+        plan_of(array(40, 40), two_groups, mode="paper", packer=_BrokenPacker(places))

@@ -163,5 +163,5 @@ def test_a_saved_plan_of_another_run_is_refused(plan: EpochPlan, change: dict[st
 
 def test_a_saved_plan_of_as_many_other_samples_is_refused(plan: EpochPlan) -> None:
     beyond = dataclasses.replace(plan, sample_ids=np.array([3, 0, 1, 2, 5], dtype=np.int32))
-    with pytest.raises(ConfigError, match=r"the saved plan holds 5 samples, the data 5"):
+    with pytest.raises(ConfigError, match=r"the saved plan holds sample 5, the data end at 4; plan again with these data"):
         check_saved_plan([beyond], 0, DATA, plan.groups, world_size=2)

@@ -19,7 +19,7 @@ GROUPS = (PackingGroup(name="short", pack_len=64), PackingGroup(name="long", pac
 def printed(lengths: np.ndarray, width: int, overlong: str = "error", world_size: int = 2) -> str:
     planner = BalancePlanner(overlong=overlong, mode="paper")
     plan = planner.plan(lengths, lengths, GROUPS, world_size=world_size, seed=0)
-    compared = plan_comparison(plan, planner, lengths, seed=0, cost=CostModel())
+    compared = plan_comparison(plan, planner, seed=0, cost=CostModel())
     console = Console(file=io.StringIO(), width=width)
     print_plan(plan, lengths, tokens_per_step=tokens_per_step(plan), compared=compared, console=console)
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -97,7 +97,7 @@ def test_large_figures_stay_whole(width: int) -> None:
     planner = BalancePlanner(tokens_per_step=1048576)
     plan = planner.plan(lengths, lengths, groups, world_size=8, seed=0)
     console = Console(file=io.StringIO(), width=width)
-    compared = plan_comparison(plan, planner, lengths, seed=0, cost=CostModel())
+    compared = plan_comparison(plan, planner, seed=0, cost=CostModel())
     print_plan(plan, lengths, tokens_per_step=tokens_per_step(plan), compared=compared, console=console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert cells(text, "16k") == ["16,384", "1", "0", "1,600", "800", "13", "7.7", "1,008,246"]

@@ -42,10 +42,9 @@ def spread_tail(packs: Packs, lengths: NDArray[np.int32], *, num_replicas: int, 
     ids = tail.ids[np.argsort(-lengths[tail.ids], kind="stable")]
     place = np.empty(len(ids), dtype=np.int64)
     if lpt(lengths[ids].astype(np.int64), 0, num_replicas, pack_len, place):
-        # Very full tails of long samples may not divide: leave them as they were, with empty partners.
-        spread = tail.padded(num_replicas)
-    else:
         spread = Packs.from_places(ids, place, num_replicas)
+    else:  # very full tails of long samples may not divide: leave them as they were, with empty partners
+        spread = tail.padded(num_replicas)
     return Packs.joined([spread, packs.span(0, first), packs.span(first + num_tail, len(packs))])
 
 

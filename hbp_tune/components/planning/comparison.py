@@ -12,7 +12,7 @@ from hbp_tune.components.planning.errors import ConfigError
 from hbp_tune.components.planning.planner import BalancePlanner
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup
 
-# Sorted batching (LongAlign, arXiv 2401.18058): no packing; the samples of a step are neighbours in length.
+# Sorted batching (LongAlign, arXiv 2401.18058): no packing; the samples of a micro-step are neighbours in length.
 _SORTED = "longalign_sorted"
 BASELINE_NAMES = (*BASELINES, _SORTED)
 
@@ -58,9 +58,7 @@ def one_length_group(groups: Sequence[PackingGroup], lengths: NDArray[np.int32])
     return next((group for group in groups if group.pack_len >= longest), groups[-1])
 
 
-def plan_comparison(
-    plan: EpochPlan, planner: BalancePlanner, lengths: NDArray[np.int32], *, seed: int, cost: CostModel
-) -> dict[str, EpochPlan]:
+def plan_comparison(plan: EpochPlan, planner: BalancePlanner, *, seed: int, cost: CostModel) -> dict[str, EpochPlan]:
     """Put a plan beside naive packing of the same samples: ISF to one length, no balancing.
 
     Where one long pack takes all ranks there is a single replica, which is balanced by definition; then both are planned for
@@ -69,26 +67,22 @@ def plan_comparison(
     Args:
         plan: that is trained.
         planner: that made it.
-        lengths: ``int32[num_samples]``.
         seed: of the run.
         cost: of the model that is trained.
 
     Returns:
         Plans by a name for people, on as many ranks as each other.
     """
+    lengths = plan.lengths[np.argsort(plan.sample_ids)]  # as trained: without those that were dropped
     ranks = plan.world_size
     if ranks == plan.groups[-1].cp_degree:
         ranks *= 4
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             plan = planner.plan(lengths, np.ones_like(lengths), plan.groups, world_size=ranks, seed=seed, cost=cost)
-    naive = plan_baseline(
-        "isf",
-        lengths,
-        one_length_group(plan.groups, plan.lengths),
-        world_size=ranks,
-        seed=seed,
-        tokens_per_step=planner.tokens_per_step,
-        overlong="drop" if len(plan.dropped) else "truncate" if len(plan.truncated) else "error",
-    )
-    return {"HBP": plan, "one length": naive}
+    group = one_length_group(plan.groups, lengths)
+    steps = planner.tokens_per_step
+    return {
+        "HBP": plan,
+        "one length": plan_baseline("isf", lengths, group, world_size=ranks, seed=seed, tokens_per_step=steps),
+    }

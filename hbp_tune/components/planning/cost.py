@@ -53,8 +53,8 @@ _RANKS_PER_NODE = 8
 _EXCHANGE_S = 42e-6 / (32 * 4096)  # per token, layer and attention dimension
 _EXCHANGE_ACROSS_NODES_S = 138e-6 / (32 * 4096)
 # Gathering weights and scattering gradients bounds a micro-step from below: the paper's run without packing, 38.3 GPU days
-# on 32 GPUs for 941K samples of four replicas, took 0.44 s for each.
-_GATHER_S = 0.44 / 8.03e9  # per parameter
+# on 32 GPUs for 941K samples on four replicas, took 0.44 s for each.
+_GATHER_S = 0.44 / 7.505e9 * 32 / 31  # per parameter, to and from all other ranks
 
 
 class CostModel:

@@ -121,7 +121,8 @@ def level_windows(
 
     Returns:
         Packs, micro-step after micro-step, and ``int64[heavy_slices + micro-steps]``, the step of each of the heavy
-        micro-steps, then of these. Steps have as many micro-steps as each other, or one more: there is no partial one.
+        micro-steps, then of these. Steps have as many micro-steps as each other, or one more: there is no partial one, but
+        for a micro-step less where samples of more than half a pack would have left one empty.
     """
     own = lengths[ids].astype(np.int64)
     costs = np.concatenate(([0], np.cumsum(cost.sample_cost(own))))
@@ -138,7 +139,7 @@ def level_windows(
         ends = np.searchsorted(costs[1:], each * up_to + over * up_to // num_slices, side="right")
         ends[-1] = len(own)
         place = np.empty(len(own), dtype=np.int64)
-        if _deal_windows(own, ends, window_slices * num_replicas, cost.double_len, pack_len, place) == 0:
+        if _deal_windows(own, ends, window_slices * num_replicas, cost.double_len, pack_len, place):
             break
         fill *= 0.97
     packs = Packs.from_places(ids, place, num_slices * num_replicas)
@@ -172,7 +173,7 @@ def _best_fill(
             packs = np.array([num_replicas * int(np.ceil(own.sum() / (fill * num_replicas * pack_len)))])
         pilot = own[: ends[-1]]
         place = np.empty(len(pilot), dtype=np.int64)
-        if _deal_windows(pilot, ends, packs, cost.double_len, pack_len, place):
+        if not _deal_windows(pilot, ends, packs, cost.double_len, pack_len, place):
             continue
         load = np.bincount(place, weights=cost.sample_cost(pilot), minlength=packs.sum()).astype(np.int64)
         slices = np.sort(load.reshape(len(packs), -1), axis=1).reshape(-1, num_replicas)
@@ -195,8 +196,8 @@ def _deal_windows(
     double_len: int,
     pack_len: int,
     place: NDArray[np.int64],
-) -> int:
-    """Deal each window by LPT; packs are numbered through. Gives the misfits of the first window that has some, or 0."""
+) -> bool:
+    """Deal each window by LPT; packs are numbered through. Stops at the first window that does not fit, and says so."""
     start, first_pack = 0, 0
     for window in range(len(ends)):
         end = ends[window]
@@ -207,14 +208,13 @@ def _deal_windows(
         keys.sort()
         order = keys & 0xFFFFFFFF
         dealt = np.empty(end - start, dtype=np.int64)
-        misfits = lpt(lengths[start:end][order], double_len, window_packs[window], pack_len, dealt)
-        if misfits:
-            return misfits
+        if not lpt(lengths[start:end][order], double_len, window_packs[window], pack_len, dealt):
+            return False
         for i in range(end - start):
             place[start + order[i]] = first_pack + dealt[i]
         start = end
         first_pack += window_packs[window]
-    return 0
+    return True
 
 
 def level_heavy(
@@ -260,7 +260,7 @@ def _deal_evenly(lengths: NDArray[np.int64], cost: CostModel, pack_len: int, num
         # In the end every sample has a pack of its own, which always fits; more packs would stay empty.
         slices = min(one_each, int(np.ceil(lengths.sum() / (fill * num_replicas * pack_len)))) if fill else one_each
         place = np.empty(len(lengths), dtype=np.int64)
-        if (fill == 0.0 and len(best)) or lpt(lengths, cost.double_len, slices * num_replicas, pack_len, place):
+        if (fill == 0.0 and len(best)) or not lpt(lengths, cost.double_len, slices * num_replicas, pack_len, place):
             continue
         load, tokens = (
             np.bincount(place, weights=values, minlength=slices * num_replicas).astype(np.int64)

@@ -21,7 +21,7 @@ def _sift_down(heap: NDArray[np.int64], node: int, key: int) -> None:
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def lpt(lengths: NDArray[np.int64], double_len: int, num_packs: int, pack_len: int, place: NDArray[np.int64]) -> int:
+def lpt(lengths: NDArray[np.int64], double_len: int, num_packs: int, pack_len: int, place: NDArray[np.int64]) -> bool:
     """Place each document into the pack of least cost that has room for it; the lower pack wins a tie.
 
     Args:
@@ -29,15 +29,14 @@ def lpt(lengths: NDArray[np.int64], double_len: int, num_packs: int, pack_len: i
         double_len: the cost of a document is ``len * (len + double_len)``; 0 means attention work alone.
         num_packs: packs to fill, all empty.
         pack_len: tokens that a pack holds.
-        place: ``int64[n]``, receives the pack of each document, -1 where none has room.
+        place: ``int64[n]``, receives the pack of each document.
 
     Returns:
-        How many documents found no room.
+        Whether all were placed; it stops at the first document that no pack has room for.
     """
     # A key holds cost and pack number at once: cost * num_packs + pack. 2 ** 63 is far off: 4096 packs of 1M tokens need 2 ** 53.
     heap = np.arange(num_packs)
     room = np.full(num_packs, pack_len)
-    misfits = 0
     for i in range(len(lengths)):
         length = lengths[i]
         node = 0
@@ -47,12 +46,10 @@ def lpt(lengths: NDArray[np.int64], double_len: int, num_packs: int, pack_len: i
                 if (node < 0 or heap[other] < heap[node]) and room[heap[other] % num_packs] >= length:
                     node = other
             if node < 0:
-                place[i] = -1
-                misfits += 1
-                continue
+                return False
         key = heap[node]
         pack = key % num_packs
         place[i] = pack
         room[pack] -= length
         _sift_down(heap, node, key + length * (length + double_len) * num_packs)
-    return misfits
+    return True

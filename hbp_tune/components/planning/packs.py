@@ -63,7 +63,7 @@ class Packs:
         return sum_rows(values[self.ids], self.offsets)
 
 
-def sum_rows(values: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+def sum_rows(values: NDArray[np.generic], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     """Sum ``values`` between neighbouring offsets; empty rows give 0."""
     totals = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
     return totals[offsets[1:]] - totals[offsets[:-1]]

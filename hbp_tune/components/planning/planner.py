@@ -211,7 +211,11 @@ class BalancePlanner:
         seed: int,
         epoch: int,
     ) -> list[GroupSteps]:
-        """Paper mode: pack from the longest group down; the room left takes samples of the next shorter groups."""
+        """Paper mode: pack from the longest group down; the room left takes samples of the next shorter groups.
+
+        Raises:
+            PackingError: the packer breaks its contract.
+        """
         group_of = group_of_lengths(lengths[shuffled], groups)
         waiting = [shuffled[group_of == index] for index in range(len(groups))]
         parts = []
@@ -222,6 +226,12 @@ class BalancePlanner:
             ids = np.sort(waiting[index])  # the data set's order, which some packers keep
             place = self.packer.place(lengths[ids], group.pack_len, seed=seed, epoch=epoch)
             free = group.pack_len - np.bincount(place, weights=lengths[ids]).astype(np.int64)
+            if free.min() < 0 or free.max() == group.pack_len:
+                fault = "overfills" if free.min() < 0 else "leaves empty"
+                raise PackingError(
+                    f"{type(self.packer).__name__} {fault} a pack of group {group.name!r}: a pack holds "
+                    f"pack_len={group.pack_len} tokens, and packs are numbered from 0 without gaps; mend its place()"
+                )
             for shorter in reversed(range(index if self.fill else 0)):
                 taken = greedy_fill(lengths[waiting[shorter]], free)
                 filled, into = waiting[shorter][taken >= 0], taken[taken >= 0]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.components.planning.packs import sum_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,10 +93,12 @@ def check_saved_plan(
     if planned != current:
         raise ConfigError(f"the saved plan has groups {planned} (name, pack_len, cp_degree), the run {current}; plan again")
     ids, num_samples = plan.sample_ids, len(lengths)
-    if len(ids) + len(plan.dropped) != num_samples or int(ids.max()) >= num_samples:
+    if len(ids) + len(plan.dropped) != num_samples:
         raise ConfigError(
             f"the saved plan holds {len(ids) + len(plan.dropped)} samples, the data {num_samples}; plan again with these data"
         )
+    if (last := int(ids.max())) >= num_samples:
+        raise ConfigError(f"the saved plan holds sample {last}, the data end at {num_samples - 1}; plan again with these data")
     if len(wrong := np.flatnonzero(plan.lengths != np.minimum(lengths[ids], groups[-1].pack_len))):
         first = int(ids[wrong[0]])
         raise ConfigError(
@@ -191,8 +194,7 @@ class EpochPlan:
 
     def sum_per_pack(self, values: NDArray[np.generic]) -> NDArray[np.int64]:
         """Sum a per-placed-sample array over each pack; empty packs give 0."""
-        totals = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
-        return totals[self.pack_offsets[1:]] - totals[self.pack_offsets[:-1]]
+        return sum_rows(values, self.pack_offsets)
 
     def for_rank(self, rank: int) -> Iterator[PlannedPack]:
         """Yield this rank's packs in training order, one per micro-step."""
