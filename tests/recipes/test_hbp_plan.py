@@ -81,7 +81,7 @@ def plan_hashes_job(cfg: DictConfig) -> list[str]:
 
 
 def test_training_finds_the_store_and_trains_by_the_plan(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
-    curriculum = {"_component_": "hbp_tune.components.ShortFirst", "steps": 3}
+    curriculum = {"_component_": "hbp_tune.components.ShortFirst", "steps": 2}
     cfg = config(tmp_path, world_size=2, epochs=5, max_steps=30, curriculum=curriculum)
     report = plan(cfg)
     stores = {path: path.stat().st_mtime_ns for path in (tmp_path / "stores").iterdir()}

@@ -23,6 +23,6 @@ def test_every_target_of_a_step_weighs_the_same() -> None:
 def test_by_hand() -> None:
     lengths = np.array([60, 60, 200], dtype=np.int32)
     num_targets = np.array([10, 30, 50], dtype=np.int32)
-    plan = BalancePlanner(fill=False).plan(lengths, num_targets, GROUPS, world_size=2, seed=0)
+    plan = BalancePlanner(mode="paper", fill=False).plan(lengths, num_targets, GROUPS, world_size=2, seed=0)
     weights = dict(zip(plan.sample_ids.tolist(), AveTokenLoss().document_weights(plan, num_targets), strict=True))
     assert weights == {0: 1 / 40, 1: 1 / 40, 2: 1 / 50}
