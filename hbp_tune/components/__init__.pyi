@@ -54,7 +54,9 @@ from hbp_tune.components.planning.planner import BalancePlanner as BalancePlanne
 from hbp_tune.components.planning.planner import check_targets as check_targets
 from hbp_tune.components.planning.records import EpochPlan as EpochPlan
 from hbp_tune.components.planning.records import PackingGroup as PackingGroup
+from hbp_tune.components.planning.records import check_ac_layers as check_ac_layers
 from hbp_tune.components.planning.records import check_groups as check_groups
+from hbp_tune.components.planning.records import check_positions as check_positions
 from hbp_tune.components.planning.records import check_saved_plan as check_saved_plan
 from hbp_tune.components.reporting.advice import expected_time as expected_time
 from hbp_tune.components.reporting.advice import headline as headline

@@ -42,9 +42,11 @@ from hbp_tune.components import (
     build,
     build_cp_meshes,
     build_fsdp_mesh,
+    check_ac_layers,
     check_config,
     check_groups,
     check_plan_hash,
+    check_positions,
     check_saved_plan,
     check_targets,
     default_store_directory,
@@ -159,11 +161,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
                 self._metric_logger.log_config(cfg)
 
     def _setup_decoder(self, cfg: DictConfig) -> nn.Module:
-        """Build the decoder without weights, make it parallel, and check that the groups suit it.
-
-        Raises:
-            ConfigError: a group recomputes more layers than there are.
-        """
+        """Build the decoder without weights, make it parallel, and check that the groups suit it."""
         with training.set_default_dtype(self._dtype), torch.device("meta"):
             model: nn.Module = build("model", cfg.model)
         self._decoder = adapt_decoder(model)
@@ -171,12 +169,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self._context_parallel.check_heads(
             self._groups, num_heads=self._decoder.num_heads, num_kv_heads=self._decoder.num_kv_heads
         )
-        for group in self._groups:
-            if group.ac_layers > len(self._decoder.layers):
-                raise ConfigError(
-                    f"group {group.name!r}: ac_layers={group.ac_layers} is more than the model's "
-                    f"{len(self._decoder.layers)} layers; set {len(self._decoder.layers)} to recompute all of them"
-                )
+        check_ac_layers(self._groups, len(self._decoder.layers))
         make_checkpointable(self._decoder.layers)  # before FSDP, which must gather weights around the recomputation too
         apply_fsdp(
             model,
@@ -200,23 +193,14 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         return store
 
     def _setup_plan(self, epochs: int, max_steps: int | None) -> list[int]:
-        """Count the optimizer steps of each epoch, up to ``max_steps``, and show the plan of the first.
-
-        Raises:
-            ConfigError: a document is longer than the positions that the model encodes.
-        """
+        """Count the optimizer steps of each epoch, up to ``max_steps``, and show the plan of the first."""
         steps_per_epoch: list[int] = []
         self._plan_hashes: list[str] = []
         while len(steps_per_epoch) < epochs and (max_steps is None or sum(steps_per_epoch) < max_steps):
             plan = self._plan_epoch(len(steps_per_epoch), first_step=sum(steps_per_epoch))
             if not steps_per_epoch and self._is_rank_zero:
                 self._show_plan(plan)
-            if (longest := int(plan.lengths.max())) > self._decoder.max_seq_len:
-                raise ConfigError(
-                    f"the longest sample that is trained has {longest} tokens, the model encodes {self._decoder.max_seq_len} "
-                    f"positions (max_seq_len); lower pack_len of group {self._groups[-1].name!r} and set planner.overlong, or "
-                    f"use a model builder with a larger max_seq_len"
-                )
+            check_positions(plan, self._decoder.max_seq_len)
             left = plan.num_steps if max_steps is None else max_steps - sum(steps_per_epoch)
             steps_per_epoch.append(min(plan.num_steps, left))
             self._plan_hashes.append(plan.hash)

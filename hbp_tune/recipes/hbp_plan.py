@@ -39,8 +39,10 @@ from hbp_tune.components import (
     Ulysses,
     adapt_decoder,
     build,
+    check_ac_layers,
     check_config,
     check_groups,
+    check_positions,
     default_store_directory,
     estimate_lengths,
     expected_time,
@@ -129,23 +131,14 @@ class HBPPlanRecipe:
                 self._read_data(cfg)
 
     def _setup_decoder(self, cfg: DictConfig) -> None:
-        """Build the decoder without weights, check that the groups suit it, and derive what a token costs.
-
-        Raises:
-            ConfigError: a group recomputes more layers than there are.
-        """
+        """Build the decoder without weights, check that the groups suit it, and derive what a token costs."""
         with torch.device("meta"):
             model: nn.Module = build("model", cfg.model)
         self._decoder = adapt_decoder(model)
         self._context_parallel.check_heads(
             self._groups, num_heads=self._decoder.num_heads, num_kv_heads=self._decoder.num_kv_heads
         )
-        for group in self._groups:
-            if group.ac_layers > len(self._decoder.layers):
-                raise ConfigError(
-                    f"group {group.name!r}: ac_layers={group.ac_layers} is more than the model's "
-                    f"{len(self._decoder.layers)} layers; set {len(self._decoder.layers)} to recompute all of them"
-                )
+        check_ac_layers(self._groups, len(self._decoder.layers))
         self._cost = CostModel(model_shape(model))
 
     def _read_lengths(self, name: str, column: str | None, num_samples: int | None) -> None:
@@ -190,11 +183,7 @@ class HBPPlanRecipe:
         self._classes = self._sources if len(nodes) > 1 else None
 
     def plan(self) -> PlanReport:
-        """Plan every epoch up to the last step, and compare the first with other ways to pack it.
-
-        Raises:
-            ConfigError: a document is longer than the positions that the model encodes.
-        """
+        """Plan every epoch up to the last step, and compare the first with other ways to pack it."""
         plans: list[EpochPlan] = []
         num_steps = 0
         with self._timed("plan"), warnings.catch_warnings(record=True) as caught:
@@ -202,12 +191,7 @@ class HBPPlanRecipe:
             while len(plans) < self._epochs and (self._max_steps is None or num_steps < self._max_steps):
                 plans.append(self._plan_epoch(len(plans), first_step=num_steps))
                 num_steps += plans[-1].num_steps
-        if (longest := int(plans[0].lengths.max())) > self._decoder.max_seq_len:
-            raise ConfigError(
-                f"the longest sample that is trained has {longest} tokens, the model encodes {self._decoder.max_seq_len} "
-                f"positions (max_seq_len); lower pack_len of group {self._groups[-1].name!r} and set planner.overlong, or "
-                f"use a model builder with a larger max_seq_len"
-            )
+        check_positions(plans[0], self._decoder.max_seq_len)
         with self._timed("measure"):
             metrics = measure(plans[0], self._cost, self._classes)
         with self._timed("baselines"):

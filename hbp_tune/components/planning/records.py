@@ -69,6 +69,34 @@ def check_groups(groups: Sequence[PackingGroup], world_size: int) -> None:
             )
 
 
+def check_ac_layers(groups: Sequence[PackingGroup], num_layers: int) -> None:
+    """Check the groups' recomputed layers against the model's layers.
+
+    Raises:
+        ConfigError: a group recomputes more layers than there are.
+    """
+    for group in groups:
+        if group.ac_layers > num_layers:
+            raise ConfigError(
+                f"group {group.name!r}: ac_layers={group.ac_layers} is more than the model's {num_layers} layers; "
+                f"set {num_layers} to recompute all of them"
+            )
+
+
+def check_positions(plan: "EpochPlan", max_seq_len: int) -> None:
+    """Check the plan's longest document against the positions that the model encodes.
+
+    Raises:
+        ConfigError: it is longer.
+    """
+    if (longest := int(plan.lengths.max())) > max_seq_len:
+        raise ConfigError(
+            f"the longest sample that is trained has {longest} tokens, the model encodes {max_seq_len} positions "
+            f"(max_seq_len); lower pack_len of group {plan.groups[-1].name!r} and set planner.overlong, or use a model builder "
+            f"with a larger max_seq_len"
+        )
+
+
 def check_saved_plan(
     plans: "Sequence[EpochPlan]", epoch: int, lengths: NDArray[np.int32], groups: Sequence[PackingGroup], *, world_size: int
 ) -> "EpochPlan":

@@ -134,6 +134,6 @@ def _cost_table(rows: Mapping[str, PlanMetrics], ranks: int) -> tuple[Table, str
         )
     return (
         table,
-        "CBR: share of idle time by cost  idle: the same over the epoch  p99: of the worst steps\n"
-        "  div.: diversity, 1 is as mixed as random steps  x: time over the first row's",
+        "CBR: share of idle time by cost  idle: the same over the epoch\n  p99: of the worst steps  "
+        "div.: diversity, 1 is as mixed as random steps\n  x: time over the first row's",
     )
