@@ -77,4 +77,3 @@ from hbp_tune.components.training.progress import ProgressSaver as ProgressSaver
 from hbp_tune.components.training.progress import RunIdentity as RunIdentity
 from hbp_tune.components.training.progress import check_plan_hash as check_plan_hash
 from hbp_tune.components.training.telemetry import StepClock as StepClock
-from hbp_tune.components.training.telemetry import tokens_per_step as tokens_per_step

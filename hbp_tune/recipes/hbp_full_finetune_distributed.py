@@ -9,6 +9,7 @@ or copy this file into your own folder, change it, and start it by its file name
 
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,7 +66,6 @@ from hbp_tune.components import (
     select_attention,
     separate_units,
     store_key,
-    tokens_per_step,
 )
 
 log = utils.get_logger("INFO")
@@ -206,6 +206,11 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             self._plan_hashes.append(plan.hash)
         return steps_per_epoch
 
+    @cached_property
+    def _saved_plans(self) -> tuple[EpochPlan, ...]:
+        """Read the saved plan once, on rank 0, which alone asks for it."""
+        return read_plan(cast(Path, self._plan_file))
+
     def _plan_epoch(self, epoch: int, *, first_step: int) -> EpochPlan:
         """Plan an epoch on rank 0, or take it from the saved plan, and hand it to all ranks.
 
@@ -215,9 +220,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
         def make() -> tuple[EpochPlan, str]:
             if self._plan_file:
-                plan = check_saved_plan(
-                    read_plan(self._plan_file), epoch, self._store.lengths, self._groups, world_size=self.world_size
-                )
+                plan = check_saved_plan(self._saved_plans, epoch, self._store.lengths, self._groups, world_size=self.world_size)
                 check_targets(plan, self._num_targets)  # lengths alone do not tell them
             else:
                 plan = self._planner.plan(
@@ -244,7 +247,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
     def _show_plan(self, plan: EpochPlan) -> None:
         lengths = self._store.lengths
         compared = plan_comparison(plan, self._planner, seed=self.seed, cost=self._cost)
-        print_plan(plan, lengths, tokens_per_step=tokens_per_step(plan), compared=compared, cost=self._cost)
+        print_plan(plan, lengths, compared=compared, cost=self._cost)
         if line := report_overlong(plan, lengths, self._store.sources, self._output_dir):
             log.warning(line)
 
@@ -287,7 +290,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
     def _epoch_batches(self, epoch: int) -> Iterator[PackBatch]:
         """Load this rank's packs of an epoch, from the first step that is not done."""
         plan = self._plan_epoch(epoch, first_step=sum(self._steps_per_epoch[:epoch]))
-        self._tokens_per_step = tokens_per_step(plan)
+        self._tokens_per_step = plan.step_tokens
         weights = self._loss.document_weights(plan, self._num_targets)
         dataset = HierarchicalPackedDataset(self._store, plan, weights, self.rank)
         indices = plan.indices_for_rank(self.rank, first_step=self.epoch_step, last_step=self._steps_per_epoch[epoch])

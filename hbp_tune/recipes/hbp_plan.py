@@ -64,7 +64,6 @@ from hbp_tune.components import (
     run_recipe,
     store_key,
     synthetic_lengths,
-    tokens_per_step,
     write_plan,
     write_summary,
 )
@@ -255,7 +254,7 @@ class HBPPlanRecipe:
             self._console.print(note, markup=False)
         self._console.print()
         print_lengths(report.lengths, self._console)
-        print_groups(plan, tokens_per_step(plan), self._console)
+        print_groups(plan, self._console)
         rows = {"HBP": report.metrics} | {name: report.baselines[name] for name in self._baselines}
         print_metrics(rows, self._console, ranks=self.world_size)
         self._console.print(expected_time(report.plans, report.cost, self._max_steps), markup=False)

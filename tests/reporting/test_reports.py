@@ -11,7 +11,6 @@ from hbp_tune.components.planning.planner import BalancePlanner
 from hbp_tune.components.planning.records import PackingGroup
 from hbp_tune.components.reporting.overlong import report_overlong
 from hbp_tune.components.reporting.tables import print_plan
-from hbp_tune.components.training.telemetry import tokens_per_step
 
 GROUPS = (PackingGroup(name="short", pack_len=64), PackingGroup(name="long", pack_len=256, cp_degree=2, ac_layers=3))
 
@@ -21,7 +20,7 @@ def printed(lengths: np.ndarray, width: int, overlong: str = "error", world_size
     plan = planner.plan(lengths, lengths, GROUPS, world_size=world_size, seed=0)
     compared = plan_comparison(plan, planner, seed=0, cost=CostModel())
     console = Console(file=io.StringIO(), width=width)
-    print_plan(plan, lengths, tokens_per_step=tokens_per_step(plan), compared=compared, console=console)
+    print_plan(plan, lengths, compared=compared, console=console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -98,7 +97,7 @@ def test_large_figures_stay_whole(width: int) -> None:
     plan = planner.plan(lengths, lengths, groups, world_size=8, seed=0)
     console = Console(file=io.StringIO(), width=width)
     compared = plan_comparison(plan, planner, seed=0, cost=CostModel())
-    print_plan(plan, lengths, tokens_per_step=tokens_per_step(plan), compared=compared, console=console)
+    print_plan(plan, lengths, compared=compared, console=console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert cells(text, "16k") == ["16,384", "1", "0", "1,600", "800", "13", "7.7", "1,008,246"]
     assert cells(text, "128k") == ["131,072", "8", "29", "20", "20", "3", "6.7", "873,813"]

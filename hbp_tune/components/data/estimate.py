@@ -9,8 +9,8 @@ from torchtune.data import Message
 from tqdm import tqdm
 
 from hbp_tune.components.data.batch import IGNORE_INDEX
-from hbp_tune.components.data.store import SampleSource
-from hbp_tune.components.planning.errors import DataError, HbpError
+from hbp_tune.components.data.store import SampleSource, check_not_empty, unreadable_row
+from hbp_tune.components.planning.errors import HbpError
 
 # Measured on 8,920 English chats with Llama 3's tokenizer: 4.03 on short ones, 4.19 on long ones. All of their tokens come
 # out 1% too high, 86% of the samples within a fifth. Code, and languages of other scripts, have fewer bytes a token.
@@ -63,13 +63,10 @@ def estimate_lengths(sources: Sequence[SampleSource]) -> tuple[NDArray[np.int32]
 
     Returns:
         Per sample: tokens, ``int32[n]``; labels that count toward the loss, ``int32[n]``; its data set, ``int16[n]``.
-
-    Raises:
-        DataError: a row cannot be read as a training sample, or there is none.
+        A row that cannot be read as a training sample, or no row at all, is a `DataError`.
     """
+    check_not_empty(sources)
     total = sum(len(samples) for samples in sources)
-    if not total:
-        raise DataError("the data set is empty: it has no row; check data_files, split and filters")
     every_row = ((source, samples, row) for source, samples in enumerate(sources) for row in range(len(samples)))
     counts = [_count(*place) for place in tqdm(every_row, total=total, desc="Estimating", unit=" samples", delay=2)]
     lengths, num_targets = np.array(counts, dtype=np.int32).T
@@ -86,10 +83,7 @@ def _count(source: int, samples: SampleSource, row: int) -> tuple[int, int]:
     except HbpError:
         raise
     except Exception as error:
-        raise DataError(
-            f"row {row} of data set {source} is no conversation that its component can read: "
-            f"{type(error).__name__}: {error}. Check the row, conversation_column and conversation_style"
-        ) from error
+        raise unreadable_row(source, row, error) from error
 
 
 def _num_tokens(text: str) -> int:

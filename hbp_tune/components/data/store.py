@@ -102,16 +102,33 @@ def open_token_store(
         is_builder: whether this rank makes the store.
         num_processes: to tokenise with; by default one per CPU and 500 rows.
 
-    Raises:
-        DataError: a row cannot be read as a training sample, or there is none.
+    Returns:
+        The store. A row that cannot be read as a training sample, or no row at all, is a `DataError`.
     """
-    if not sum(len(source) for source in sources):
-        raise DataError("the data set is empty: it has no row; check data_files, split and filters")
+    check_not_empty(sources)
     if is_builder and not path.exists():
         _build(sources, path, num_processes or len(os.sched_getaffinity(0)))
     while not path.exists():
         time.sleep(_POLL_S)
     return TokenStore(path)
+
+
+def check_not_empty(sources: Sequence[SampleSource]) -> None:
+    """Refuse data sets without a row.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not sum(len(source) for source in sources):
+        raise DataError("the data set is empty: it has no row; check data_files, split and filters")
+
+
+def unreadable_row(source: int, row: int, error: Exception) -> DataError:
+    """Say which row of which data set could not be read as a training sample, and why."""
+    return DataError(
+        f"row {row} of data set {source} is no conversation that its component can read: "
+        f"{type(error).__name__}: {error}. Check the row, conversation_column and conversation_style"
+    )
 
 
 def store_key(parts: Sequence[Any], files: Sequence[Path]) -> str:
@@ -197,10 +214,7 @@ def _tokenize(row: dict[str, int], *, sources: Sequence[SampleSource], starts: N
     except HbpError:
         raise
     except Exception as error:
-        raise DataError(
-            f"row {local_row} of data set {source} is no conversation that its component can read: "
-            f"{type(error).__name__}: {error}. Check the row, conversation_column and conversation_style"
-        ) from error
+        raise unreadable_row(source, local_row, error) from error
     is_target = labels != IGNORE_INDEX
     if len(labels) != len(tokens) or (labels[is_target] != tokens[is_target]).any():
         raise DataError(

@@ -70,7 +70,7 @@ def measure(plan: EpochPlan, cost: CostModel, classes: NDArray[np.int16] | None 
     costs = cost.pack_cost(tokens, squares)
     slots = padded_lens(plan)
     is_empty = np.diff(plan.pack_offsets) == 0
-    micro_steps = np.flatnonzero(plan.pack_first_rank == 0)  # each micro-step starts at rank 0
+    micro_steps = plan.micro_step_starts
     # Ranks that share a pack share its cost: a micro-step lasts as long as its share.
     most_cost, mean_cost = (load / plan.cp_degrees[micro_steps] for load in _most_and_mean(costs, micro_steps))
     steps = plan.pack_step[micro_steps]
@@ -94,11 +94,15 @@ def measure(plan: EpochPlan, cost: CostModel, classes: NDArray[np.int16] | None 
 
 def micro_step_s(plan: EpochPlan, cost: CostModel) -> NDArray[np.float64]:
     """Modelled seconds of each micro-step, ``float64[micro-steps]``: its slowest rank, or gathering weights if that is slower."""
+    return np.maximum(np.maximum.reduceat(pack_s(plan, cost), plan.micro_step_starts), cost.gather_s(plan.world_size))
+
+
+def pack_s(plan: EpochPlan, cost: CostModel) -> NDArray[np.float64]:
+    """Modelled seconds that each rank of a pack is busy, ``float64[packs]``; see `CostModel.pack_s`."""
     tokens = plan.sum_per_pack(plan.lengths)
     ac_layers = np.array([group.ac_layers for group in plan.groups])[plan.pack_group]
     pack_cost = cost.pack_cost(tokens, plan.sum_per_pack(attention_work(plan.lengths)))
-    pack_s = cost.pack_s(pack_cost, tokens, plan.cp_degrees, ac_layers)
-    return np.maximum(np.maximum.reduceat(pack_s, np.flatnonzero(plan.pack_first_rank == 0)), cost.gather_s(plan.world_size))
+    return cost.pack_s(pack_cost, tokens, plan.cp_degrees, ac_layers)
 
 
 def diversity_by_group(plan: EpochPlan, classes: NDArray[np.int16] | None = None) -> NDArray[np.float64]:
@@ -125,7 +129,7 @@ def diversity_by_group(plan: EpochPlan, classes: NDArray[np.int16] | None = None
         weights=plan.lengths,
         minlength=plan.num_steps * num_classes,
     ).reshape(-1, num_classes)
-    group_of_step = plan.pack_group[np.searchsorted(plan.pack_step, np.arange(plan.num_steps))]
+    group_of_step = plan.step_groups
     diversity = np.ones(len(plan.groups))
     group_of_sample = plan.pack_group[pack_of_sample]
     for index in range(len(plan.groups)):

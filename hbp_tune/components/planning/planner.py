@@ -127,10 +127,11 @@ class BalancePlanner:
         shuffled = hashed_order(len(lengths), seed=seed, epoch=epoch, stream="samples").astype(np.int32)
         if self.overlong == "drop" and len(overlong_ids):
             shuffled = shuffled[~np.isin(shuffled, overlong_ids)]
+        cost = cost or CostModel()
         if self.mode == "cost":
-            parts = self._level(shuffled, lengths, groups, world_size, cost or CostModel())
+            parts = self._level(shuffled, lengths, groups, world_size, cost)
         else:
-            parts = self._pack_and_sort(shuffled, lengths, groups, world_size, cost or CostModel(), seed=seed, epoch=epoch)
+            parts = self._pack_and_sort(shuffled, lengths, groups, world_size, cost, seed=seed, epoch=epoch)
 
         # Steps of one group come in random order; which group comes when is the curriculum's.
         step_groups = np.repeat([part.group for part in parts], [part.num_steps for part in parts]).astype(np.int16)

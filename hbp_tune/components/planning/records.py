@@ -209,6 +209,21 @@ class EpochPlan:
         return np.repeat(np.arange(self.num_packs), np.diff(self.pack_offsets))
 
     @property
+    def micro_step_starts(self) -> NDArray[np.int64]:
+        """Index of each micro-step's first pack, ``int64[micro-steps]``: each starts at rank 0."""
+        return np.flatnonzero(self.pack_first_rank == 0)
+
+    @property
+    def step_groups(self) -> NDArray[np.int16]:
+        """Group of each optimizer step, ``int16[num_steps]``; a step draws from one group."""
+        return self.pack_group[np.flatnonzero(np.diff(self.pack_step, prepend=-1))]
+
+    @property
+    def step_tokens(self) -> NDArray[np.int64]:
+        """Real tokens of each optimizer step over all ranks, ``int64[num_steps]``."""
+        return np.add.reduceat(self.sum_per_pack(self.lengths), np.flatnonzero(np.diff(self.pack_step, prepend=-1)))
+
+    @property
     def hash(self) -> str:
         """A SHA-256 over everything that decides what is trained when; equal plans have equal hashes on every machine.
 

@@ -96,7 +96,7 @@ def expected_time(plans: Sequence[EpochPlan], cost: CostModel, max_steps: int | 
     run_s, run_steps = 0.0, 0
     for plan in plans:
         num_steps = plan.num_steps if max_steps is None else min(plan.num_steps, max_steps - run_steps)
-        step = plan.pack_step[plan.pack_first_rank == 0]  # of each micro-step
+        step = plan.pack_step[plan.micro_step_starts]  # of each micro-step
         run_s += float(micro_step_s(plan, cost)[step < num_steps].sum())
         run_steps += num_steps
     first, gpus = plans[0], plans[0].world_size

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from hbp_tune.components.planning.balancing import attention_work
 from hbp_tune.components.planning.cost import CostModel
-from hbp_tune.components.planning.metrics import micro_step_s
+from hbp_tune.components.planning.metrics import micro_step_s, pack_s
 from hbp_tune.components.planning.records import EpochPlan
 from hbp_tune.components.reporting.charts import (
     GRID,
@@ -23,7 +23,7 @@ from hbp_tune.components.reporting.charts import (
     write_tokens,
 )
 from hbp_tune.components.reporting.figures import NUM_BINS, Picture, groups_legend
-from hbp_tune.components.reporting.report import PlanReport, step_groups
+from hbp_tune.components.reporting.report import PlanReport
 
 # What a screen shows apart; of longer epochs it shows a sample or bins.
 _MOST_MICRO_STEPS = 120
@@ -62,16 +62,13 @@ class MicroSteps:
 
 def describe_micro_steps(plan: EpochPlan, cost: CostModel) -> MicroSteps:
     """Spread work and modelled time over the ranks of every micro-step."""
-    starts = np.flatnonzero(plan.pack_first_rank == 0)  # each micro-step starts at rank 0
-    tokens = plan.sum_per_pack(plan.lengths)
+    starts = plan.micro_step_starts
     squares = plan.sum_per_pack(attention_work(plan.lengths))
-    ac_layers = np.array([group.ac_layers for group in plan.groups])[plan.pack_group]
-    busy_s = _spread(cost.pack_s(cost.pack_cost(tokens, squares), tokens, plan.cp_degrees, ac_layers), starts)
     return MicroSteps(
         group=plan.pack_group[starts],
         step=plan.pack_step[starts],
         work=_spread(squares / plan.cp_degrees, starts),
-        busy_s=busy_s,
+        busy_s=_spread(pack_s(plan, cost), starts),
         duration_s=micro_step_s(plan, cost),
     )
 
@@ -185,7 +182,7 @@ def _draw_bins(chart: Chart, micro_steps: MicroSteps, borders: NDArray[np.float6
 def _timeline_finding(plan: EpochPlan, micro_steps: MicroSteps) -> str:
     longest = int(micro_steps.group.max())
     name = plan.groups[longest].name
-    mine, num_steps = step_groups(plan) == longest, f"{plan.num_steps:,} steps"
+    mine, num_steps = plan.step_groups == longest, f"{plan.num_steps:,} steps"
     if mine.all():
         return f"All {num_steps} draw from {name!r}" if plan.num_steps > 1 else f"The one step draws from {name!r}"
     share = write_share(micro_steps.duration_s[micro_steps.group == longest].sum() / micro_steps.duration_s.sum())

@@ -19,7 +19,6 @@ from hbp_tune.components.reporting.charts import (
     write_share,
     write_tokens,
 )
-from hbp_tune.components.reporting.report import step_groups, step_tokens
 
 # Longer epochs are shown in this many bins, so that a page stays small whatever the data.
 NUM_BINS = 120
@@ -129,7 +128,7 @@ def draw_fill(plan: EpochPlan) -> Picture:
 
 def draw_step_tokens(plan: EpochPlan) -> Picture:
     """Draw the tokens of each step along the epoch."""
-    tokens, groups = step_tokens(plan), step_groups(plan)
+    tokens, groups = plan.step_tokens, plan.step_groups
     mean = float(tokens.mean())
     chart = Chart(
         linear_axis(0, len(tokens), "optimizer step of the epoch", whole=True),

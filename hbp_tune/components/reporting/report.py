@@ -76,7 +76,7 @@ class GroupFigures:
 def describe_groups(plan: EpochPlan) -> list[GroupFigures]:
     """Count what each group holds, in the order of ``plan.groups``."""
     samples, tokens = np.diff(plan.pack_offsets), plan.sum_per_pack(plan.lengths)
-    group_of_step, tokens_of_step = step_groups(plan), step_tokens(plan)
+    group_of_step, tokens_of_step = plan.step_groups, plan.step_tokens
     figures = []
     for index, group in enumerate(plan.groups):
         mine, per_step = plan.pack_group == index, tokens_of_step[group_of_step == index]
@@ -96,13 +96,3 @@ def describe_groups(plan: EpochPlan) -> list[GroupFigures]:
             )
         )
     return figures
-
-
-def step_groups(plan: EpochPlan) -> NDArray[np.int16]:
-    """Group of each optimizer step, ``int16[num_steps]``; a step draws from one group."""
-    return plan.pack_group[np.flatnonzero(np.diff(plan.pack_step, prepend=-1))]
-
-
-def step_tokens(plan: EpochPlan) -> NDArray[np.int64]:
-    """Real tokens of each optimizer step over all ranks, ``int64[num_steps]``."""
-    return np.add.reduceat(plan.sum_per_pack(plan.lengths), np.flatnonzero(np.diff(plan.pack_step, prepend=-1)))

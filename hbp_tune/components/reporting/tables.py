@@ -20,7 +20,6 @@ def print_plan(
     plan: EpochPlan,
     lengths: NDArray[np.int32],
     *,
-    tokens_per_step: NDArray[np.int64],
     compared: Mapping[str, EpochPlan],
     cost: CostModel | None = None,
     console: Console | None = None,
@@ -30,14 +29,13 @@ def print_plan(
     Args:
         plan: of the first epoch.
         lengths: ``int32[num_samples]``, of all samples, overlong ones included.
-        tokens_per_step: ``int64[num_steps]`` of ``plan``.
         compared: plans of the same samples on as many ranks as each other, by name.
         cost: of the model that is trained; Llama 3.1 8B by default.
         console: where to print; the standard output by default.
     """
     console = console or Console()
     print_lengths(lengths, console)
-    print_groups(plan, tokens_per_step, console)
+    print_groups(plan, console)
     cost = cost or CostModel()
     ranks = next(iter(compared.values())).world_size
     print_metrics({name: measure(other, cost) for name, other in compared.items()}, console, ranks=ranks)
@@ -48,9 +46,9 @@ def print_lengths(lengths: NDArray[np.int32], console: Console) -> None:
     _print(console, _lengths_table(lengths))
 
 
-def print_groups(plan: EpochPlan, tokens_per_step: NDArray[np.int64], console: Console) -> None:
-    """Print the plan by group; ``tokens_per_step`` is ``int64[num_steps]`` of the plan."""
-    _print(console, _groups_table(plan, tokens_per_step))
+def print_groups(plan: EpochPlan, console: Console) -> None:
+    """Print the plan by group."""
+    _print(console, _groups_table(plan))
 
 
 def print_metrics(rows: Mapping[str, PlanMetrics], console: Console, *, ranks: int) -> None:
@@ -79,11 +77,11 @@ def _lengths_table(lengths: NDArray[np.int32]) -> tuple[Table, str]:
     return table, "min {:,}  median {:,}  p90 {:,}  p99 {:,}  max {:,} tokens".format(*quantiles)
 
 
-def _groups_table(plan: EpochPlan, tokens_per_step: NDArray[np.int64]) -> tuple[Table, str]:
+def _groups_table(plan: EpochPlan) -> tuple[Table, str]:
     table = Table(title=f"Plan: {plan.num_steps:,} optimizer steps an epoch on {plan.world_size} ranks")
     for name in ("group", "length", "CP", "AC", "samples", "packs", "steps", "micro", "tokens\n/step"):
         table.add_column(name, justify="left" if name == "group" else "right")
-    docs_per_pack = np.diff(plan.pack_offsets)
+    docs_per_pack, tokens_per_step = np.diff(plan.pack_offsets), plan.step_tokens
     for index, group in enumerate(plan.groups):
         mine = plan.pack_group == index
         steps = np.unique(plan.pack_step[mine])

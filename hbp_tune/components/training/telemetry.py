@@ -2,11 +2,7 @@
 
 import time
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-
-from hbp_tune.components.planning.records import EpochPlan
 
 
 class StepClock:
@@ -27,8 +23,3 @@ class StepClock:
         now_s = time.perf_counter()
         elapsed_s, self._start_s = now_s - self._start_s, now_s
         return elapsed_s
-
-
-def tokens_per_step(plan: EpochPlan) -> NDArray[np.int64]:
-    """Count the real tokens of each optimizer step over all ranks, ``int64[num_steps]``."""
-    return np.bincount(plan.pack_step, weights=plan.sum_per_pack(plan.lengths), minlength=plan.num_steps).astype(np.int64)
