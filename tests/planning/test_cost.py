@@ -7,10 +7,10 @@ from hbp_tune.components.planning.errors import ConfigError
 LAYERS = 32
 
 
-def pack_s(cost: CostModel, length: int, cp_degree: int = 1, ac_layers: int = 0) -> float:
+def pack_s(cost: CostModel, length: int, cp_degree: int = 1, ac_layers: int = 0, keeps_attention: bool = False) -> float:
     """Seconds of a pack of one document."""
-    lengths = np.array([length])
-    return float(cost.pack_s(cost.sample_cost(lengths), lengths, np.array([cp_degree]), np.array([ac_layers]))[0])
+    lengths, kept = np.array([length]), np.array([keeps_attention])
+    return float(cost.pack_s(cost.sample_cost(lengths), lengths, np.array([cp_degree]), np.array([ac_layers]), kept)[0])
 
 
 def test_operations_by_hand() -> None:
@@ -58,6 +58,10 @@ def test_seconds_by_hand() -> None:
     assert pack_s(cost, 16_384) == pytest.approx(plain, rel=1e-4)
     assert pack_s(cost, 16_384, ac_layers=LAYERS) == pytest.approx(1.3 * plain, rel=1e-4)
     assert pack_s(cost, 16_384, ac_layers=LAYERS // 2) == pytest.approx(1.15 * plain, rel=1e-4)
+    # Keeping what attention gave, only the linear part runs again.
+    kept = plain + 0.3 * 16_384 * cost.token_s
+    assert pack_s(cost, 16_384, ac_layers=LAYERS, keeps_attention=True) == pytest.approx(kept, rel=1e-4)
+    assert pack_s(cost, 16_384, keeps_attention=True) == pytest.approx(plain, rel=1e-4)
     # Of a rank's tokens, 7 in 8 go to others of its node; with 16 ranks, 7 in 16 do, and 8 in 16 to another node.
     assert pack_s(cost, 16_384, cp_degree=8) == pytest.approx((plain + 16_384 * 7 / 8 * 42e-6) / 8, rel=1e-4)
     across = 16_384 * (7 / 16 * 42e-6 + 8 / 16 * 138e-6)

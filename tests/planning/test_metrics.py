@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def by_definition(plan: EpochPlan, cost: CostModel) -> dict[str, float]:
                 a.append(sum(n * n for n in lengths))
                 c.append(sum(n * (n + cost.double_len) for n in lengths))
                 shape = [np.array([value]) for value in (c[-1], t[-1], group.cp_degree, group.ac_layers)]
-                s.append(float(cost.pack_s(*shape)[0]))
+                s.append(float(cost.pack_s(*shape, keeps_attention=group.ac_mode == "selective")[0]))
                 tokens += sum(lengths)
                 if lengths:
                     padding, slots = padding + padded - sum(lengths), slots + padded
@@ -107,7 +108,10 @@ def test_balancing_balances() -> None:
 
 def test_metrics_by_hand() -> None:
     # Packs of one rank each, nothing padded: tokens 256 | 128, attention 2 * 128**2 | 128**2 in the only micro-step.
-    groups = (PackingGroup(name="short", pack_len=256), PackingGroup(name="long", pack_len=512, cp_degree=2))
+    groups = (
+        PackingGroup(name="short", pack_len=256, ac_layers=8, ac_mode="selective"),
+        PackingGroup(name="long", pack_len=512, cp_degree=2, ac_layers=8),
+    )
     cost = cost_doubling_at(100)
     got = measure(plan_of(array(128, 128, 128), groups, world_size=2), cost)
     assert (got.dbr, got.pr, got.pr_tail, got.abr, got.cr, got.ave_t) == (0.25, 0, 0, 0.25, 0, 192)
@@ -146,6 +150,9 @@ def test_a_micro_step_lasts_as_long_as_its_slowest_rank_or_the_weights() -> None
     seconds = micro_step_s(plan_of(array(60_000, 50_000, 10, 10), groups, world_size=2), cost)
     long_s = 1.15 * (60_000 * cost.token_s + 60_000**2 * cost.square_s)
     assert sorted(seconds.tolist()) == pytest.approx([long_s], rel=1e-3)
+    keeping = tuple(replace(group, ac_mode="selective") for group in groups)
+    seconds = micro_step_s(plan_of(array(60_000, 50_000, 10, 10), keeping, world_size=2), cost)
+    assert seconds.tolist() == pytest.approx([1.15 * 60_000 * cost.token_s + 60_000**2 * cost.square_s], rel=1e-3)
     seconds = micro_step_s(plan_of(array(10, 10), groups, world_size=2), cost)
     assert seconds.tolist() == [cost.gather_s(2)]
 

@@ -11,7 +11,16 @@ from hbp_tune.components.planning.records import EpochPlan, PackingGroup, check_
 def test_a_group_is_valid_once_it_exists() -> None:
     group = PackingGroup(name="long", pack_len=131072, cp_degree=8, ac_layers=29)
     assert (group.pack_len, group.cp_degree, group.ac_layers) == (131072, 8, 29)
-    assert PackingGroup(name="short", pack_len=16).cp_degree == 1
+    short = PackingGroup(name="short", pack_len=16)
+    assert (short.cp_degree, short.ac_layers, short.ac_mode) == (1, 0, "full")
+
+
+def test_recomputation_for_people() -> None:
+    group = PackingGroup(name="long", pack_len=64, ac_layers=29)
+    assert group.describe_ac() == "29"
+    assert dataclasses.replace(group, ac_mode="selective").describe_ac() == "29 selective"
+    assert dataclasses.replace(group, ac_mode="offload").describe_ac() == "29 offload"
+    assert dataclasses.replace(group, ac_mode="offload", ac_layers=0).describe_ac() == "0"
 
 
 @pytest.mark.parametrize(
@@ -23,9 +32,14 @@ def test_a_group_is_valid_once_it_exists() -> None:
         ({"pack_len": "64"}, r"pack_len='64' must be a whole number"),
         ({"pack_len": 64, "cp_degree": 0}, r"cp_degree=0 must be a whole number of at least 1"),
         ({"pack_len": 64, "ac_layers": -1}, r"ac_layers=-1 must be a whole number of at least 0"),
+        (
+            {"pack_len": 64, "ac_mode": "op"},
+            r"group 'g': ac_mode='op' must be one of full, selective, offload; ac_layers=0 turns it off",
+        ),
+        ({"pack_len": 64, "ac_mode": None}, r"ac_mode=None must be one of full, selective, offload"),
     ],
 )
-def test_a_group_that_cannot_work(values: dict[str, int], message: str) -> None:
+def test_a_group_that_cannot_work(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PackingGroup(name="g", **values)
 
@@ -125,10 +139,10 @@ DATA = np.array([4, 3, 5, 8, 16], dtype=np.int32)  # of `plan`
 
 
 def test_a_saved_plan_is_taken_with_the_runs_recomputation(plan: EpochPlan) -> None:
-    recomputing = [dataclasses.replace(group, ac_layers=3) for group in plan.groups]
+    recomputing = [dataclasses.replace(group, ac_layers=3, ac_mode="selective") for group in plan.groups]
     taken = check_saved_plan([plan, plan], 1, DATA, recomputing, world_size=2)
     assert taken.hash == plan.hash
-    assert [group.ac_layers for group in taken.groups] == [3, 3]
+    assert [(group.ac_layers, group.ac_mode) for group in taken.groups] == [(3, "selective")] * 2
 
 
 def test_a_saved_plan_may_cut_and_drop(plan: EpochPlan) -> None:

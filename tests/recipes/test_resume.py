@@ -126,7 +126,7 @@ def test_recomputed_layers_may_change_in_mid_epoch(
     ranks(2).run(run_until_crash_job, make_config(tmp_path), 4)
     cfg = make_config(tmp_path, resume_from_checkpoint=True)
     for group in cfg.groups:
-        group.ac_layers = 3
+        group.ac_layers, group.ac_mode = 3, "selective"
     assert numbers(ranks(2).run(run_recipe_job, cfg)[0]) == numbers(uninterrupted[3:])
 
 

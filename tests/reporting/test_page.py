@@ -125,6 +125,14 @@ def test_groups_by_hand(rows: Callable[..., dict[str, list[str]]]) -> None:
     assert rows()["long"] == ["256", "2", "3", "1", "1", "1", "1.0", "62.5%", "250 ± 0%"]
 
 
+def test_a_mode_of_recomputation_shows(
+    by_hand: EpochPlan, report_on: Callable[..., PlanReport], rows: Callable[..., dict[str, list[str]]]
+) -> None:
+    groups = tuple(dataclasses.replace(group, ac_mode="selective") for group in by_hand.groups)
+    found = rows(report_on(dataclasses.replace(by_hand, groups=groups)))
+    assert (found["short"][2], found["long"][2]) == ("0", "3 selective")
+
+
 def test_metrics_stand_beside_the_baselines(
     by_hand: EpochPlan, report_on: Callable[..., PlanReport], rows: Callable[..., dict[str, list[str]]]
 ) -> None:

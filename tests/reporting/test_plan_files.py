@@ -49,6 +49,20 @@ def test_every_epoch_comes_back(by_hand: EpochPlan, tmp_path: Path, monkeypatch:
         assert_equal(read, written)
 
 
+def test_plans_written_before_groups_had_modes_recompute_in_full(by_hand: EpochPlan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.parquet"
+    selective = tuple(dataclasses.replace(group, ac_mode="selective") for group in by_hand.groups)
+    write_plan(path, [dataclasses.replace(by_hand, groups=selective)])
+    assert read_plan(path)[0].groups == selective
+    table = pq.read_table(path)
+    described = json.loads(table.schema.metadata[b"hbp_tune.plan"])
+    for group in described["groups"]:
+        del group["ac_mode"]
+    metadata = table.schema.metadata | {b"hbp_tune.plan": json.dumps(described).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    assert_equal(read_plan(path)[0], by_hand)
+
+
 def test_pandas_reads_every_column(by_hand: EpochPlan, tmp_path: Path) -> None:
     write_plan(tmp_path / "plan.parquet", [by_hand, by_hand])
     frame = pd.read_parquet(tmp_path / "plan.parquet")
@@ -172,12 +186,12 @@ def test_figures_by_hand(by_hand: EpochPlan, report_on: Callable[..., PlanReport
     assert counts == {"world_size": 2, "num_samples": 5, "num_tokens": 400, "num_steps": 2, "dropped": 2, "truncated": 1}
     assert summary["groups"] == [
         {
-            **{"name": "short", "pack_len": 64, "cp_degree": 1, "ac_layers": 0},
+            **{"name": "short", "pack_len": 64, "cp_degree": 1, "ac_layers": 0, "ac_mode": "full"},
             **{"samples": 4, "packs": 3, "steps": 1, "micro_steps": 2, "tokens": 150},
             **{"tokens_per_step": 150.0, "tokens_per_step_cv": 0.0},
         },
         {
-            **{"name": "long", "pack_len": 256, "cp_degree": 2, "ac_layers": 3},
+            **{"name": "long", "pack_len": 256, "cp_degree": 2, "ac_layers": 3, "ac_mode": "full"},
             **{"samples": 1, "packs": 1, "steps": 1, "micro_steps": 1, "tokens": 250},
             **{"tokens_per_step": 250.0, "tokens_per_step_cv": 0.0},
         },

@@ -89,21 +89,31 @@ class CostModel:
         return tokens * self.double_len + squares
 
     def pack_s(
-        self, cost: NDArray[np.int64], tokens: NDArray[np.int64], cp_degree: NDArray[np.int64], ac_layers: NDArray[np.int64]
+        self,
+        cost: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        cp_degree: NDArray[np.int64],
+        ac_layers: NDArray[np.int64],
+        keeps_attention: NDArray[np.bool_] | bool = False,
     ) -> NDArray[np.float64]:
         """Modelled seconds that each rank of a pack computes and exchanges, gathering of weights apart.
+
+        The exchange is that of the paper's runs, which recompute most layers: an upper bound where attention is kept, for then
+        it is not repeated.
 
         Args:
             cost: ``int64[packs]``, from `pack_cost`.
             tokens: ``int64[packs]``, real tokens.
             cp_degree: ``int64[packs]``, ranks that share each pack.
             ac_layers: ``int64[packs]``, recomputed layers.
+            keeps_attention: ``bool[packs]``, whether those recompute all but attention (``ac_mode`` selective).
         """
-        recompute = 1.0 + _RECOMPUTE_SHARE * ac_layers / self.shape.num_layers
+        repeated = np.where(keeps_attention, tokens * self.double_len, cost)
+        recompute = _RECOMPUTE_SHARE * ac_layers / self.shape.num_layers
         inside = (np.minimum(cp_degree, _RANKS_PER_NODE) - 1) / cp_degree
         across = np.maximum(cp_degree - _RANKS_PER_NODE, 0) / cp_degree
         exchange_s = (inside * _EXCHANGE_S + across * _EXCHANGE_ACROSS_NODES_S) * self.shape.num_layers * self.shape.attention_dim
-        return (cost * self.square_s * recompute + tokens * exchange_s) / cp_degree
+        return ((cost + repeated * recompute) * self.square_s + tokens * exchange_s) / cp_degree
 
     def gather_s(self, world_size: int) -> float:
         """Modelled seconds of gathering weights and scattering gradients in a micro-step; overlaps with computing."""

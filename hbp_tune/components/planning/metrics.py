@@ -102,7 +102,8 @@ def pack_s(plan: EpochPlan, cost: CostModel) -> NDArray[np.float64]:
     tokens = plan.sum_per_pack(plan.lengths)
     ac_layers = np.array([group.ac_layers for group in plan.groups])[plan.pack_group]
     pack_cost = cost.pack_cost(tokens, plan.sum_per_pack(attention_work(plan.lengths)))
-    return cost.pack_s(pack_cost, tokens, plan.cp_degrees, ac_layers)
+    keeps_attention = np.array([group.ac_mode == "selective" for group in plan.groups])[plan.pack_group]
+    return cost.pack_s(pack_cost, tokens, plan.cp_degrees, ac_layers, keeps_attention)
 
 
 def diversity_by_group(plan: EpochPlan, classes: NDArray[np.int16] | None = None) -> NDArray[np.float64]:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from hbp_tune.components.planning.errors import ConfigError
 from hbp_tune.components.planning.packs import sum_rows
 
+AC_MODES = ("full", "selective", "offload")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackingGroup:
@@ -21,6 +23,9 @@ class PackingGroup:
         pack_len: tokens of one pack over all its context-parallel ranks.
         cp_degree: ranks that share one pack; 1 means no context parallelism.
         ac_layers: how many of the first layers recompute their activations in the backward.
+        ac_mode: how they do so. ``full`` runs the whole layer again; ``selective`` keeps what attention and context-parallel
+            communication gave, so that these run once; ``offload`` runs the whole layer again, and keeps its input in host
+            memory until then.
 
     Raises:
         ConfigError: a value is out of range, or ``pack_len`` is no multiple of ``2 * cp_degree``.
@@ -30,6 +35,7 @@ class PackingGroup:
     pack_len: int
     cp_degree: int = 1
     ac_layers: int = 0
+    ac_mode: str = "full"
 
     def __post_init__(self) -> None:
         for field, least in (("pack_len", 2), ("cp_degree", 1), ("ac_layers", 0)):
@@ -42,6 +48,14 @@ class PackingGroup:
                 f"group {self.name!r}: pack_len={self.pack_len} must be a multiple of "
                 f"2 * cp_degree={2 * self.cp_degree}; round it up or lower cp_degree"
             )
+        if self.ac_mode not in AC_MODES:
+            raise ConfigError(
+                f"group {self.name!r}: ac_mode={self.ac_mode!r} must be one of {', '.join(AC_MODES)}; ac_layers=0 turns it off"
+            )
+
+    def describe_ac(self) -> str:
+        """Name the recomputed layers for people, and the mode where it is not the usual one: ``28``, ``28 selective``."""
+        return str(self.ac_layers) if self.ac_mode == "full" or not self.ac_layers else f"{self.ac_layers} {self.ac_mode}"
 
 
 def check_groups(groups: Sequence[PackingGroup], world_size: int) -> None:
@@ -106,7 +120,7 @@ def check_saved_plan(
         plans: one per epoch.
         epoch: counted from 0.
         lengths: ``int32[num_samples]``, of the run's data.
-        groups: of the run; only their recomputed layers may differ from the plan's, and replace them.
+        groups: of the run; only their recomputation may differ from the plan's, and replaces it.
         world_size: of the run.
 
     Raises:
@@ -227,7 +241,7 @@ class EpochPlan:
     def hash(self) -> str:
         """A SHA-256 over everything that decides what is trained when; equal plans have equal hashes on every machine.
 
-        Recomputed layers have no part in that: they may change in the middle of an epoch.
+        Recomputation has no part in that: it may change in the middle of an epoch.
         """
         shapes = [(group.pack_len, group.cp_degree) for group in self.groups]
         digest = hashlib.sha256(repr((shapes, self.world_size)).encode())

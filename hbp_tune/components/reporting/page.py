@@ -187,7 +187,7 @@ def _groups(report: PlanReport) -> str:
         cells = (
             f"{group.pack_len:,}",
             str(group.cp_degree),
-            str(group.ac_layers),
+            plan.groups[index].describe_ac(),
             f"{group.samples:,}",
             f"{group.packs:,}",
             f"{group.steps:,}",

@@ -76,7 +76,7 @@ def write_plan(path: Path, plans: Sequence[EpochPlan]) -> None:
     - ``sample`` int32: the sample's id, its row in the data.
     - ``length`` int32: its tokens as trained; truncated samples are shorter than stored.
 
-    The schema's metadata holds groups with their recomputed layers, world size, number of packs and hash of each epoch as
+    The schema's metadata holds groups with their recomputation, world size, number of packs and hash of each epoch as
     JSON, and beside it the ids of dropped and truncated samples.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -64,6 +64,7 @@ class GroupFigures:
     pack_len: int
     cp_degree: int
     ac_layers: int
+    ac_mode: str
     samples: int
     packs: int
     steps: int
@@ -86,6 +87,7 @@ def describe_groups(plan: EpochPlan) -> list[GroupFigures]:
                 pack_len=group.pack_len,
                 cp_degree=group.cp_degree,
                 ac_layers=group.ac_layers,
+                ac_mode=group.ac_mode,
                 samples=int(samples[mine].sum()),
                 packs=int(np.count_nonzero(samples[mine])),
                 steps=len(per_step),

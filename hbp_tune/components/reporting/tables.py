@@ -90,7 +90,7 @@ def _groups_table(plan: EpochPlan) -> tuple[Table, str]:
             group.name,
             f"{group.pack_len:,}",
             str(group.cp_degree),
-            str(group.ac_layers),
+            group.describe_ac(),
             f"{int(docs_per_pack[mine].sum()):,}",
             f"{np.count_nonzero(docs_per_pack[mine]):,}",
             f"{len(steps):,}",

@@ -29,7 +29,7 @@ class RunIdentity:
 
     Args:
         world_size: ranks of the run.
-        groups: packing groups, as in the plan; their recomputed layers may change, after running out of memory, say.
+        groups: packing groups, as in the plan; their recomputation may change, after running out of memory, say.
         store_fingerprint: of all tokens and targets of the data.
     """
 
@@ -167,7 +167,7 @@ def check_plan_hash(position: Position, plan_hash: str) -> None:
 def _plain(identity: RunIdentity) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(asdict(identity)))
     for group in plain["groups"]:
-        del group["ac_layers"]
+        del group["ac_layers"], group["ac_mode"]
     return plain
 
 
