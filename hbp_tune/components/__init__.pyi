@@ -15,6 +15,7 @@ from hbp_tune.components.data.store import TokenStore as TokenStore
 from hbp_tune.components.data.store import default_store_directory as default_store_directory
 from hbp_tune.components.data.store import open_token_store as open_token_store
 from hbp_tune.components.data.store import store_key as store_key
+from hbp_tune.components.models.rope import with_yarn as with_yarn
 from hbp_tune.components.models.torchtune_decoder import DecoderParts as DecoderParts
 from hbp_tune.components.models.torchtune_decoder import adapt_decoder as adapt_decoder
 from hbp_tune.components.models.torchtune_decoder import model_shape as model_shape
