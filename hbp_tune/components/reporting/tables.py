@@ -14,6 +14,8 @@ from hbp_tune.components.planning.records import EpochPlan
 from hbp_tune.components.reporting.charts import time_unit
 
 _BAR_WIDTH = 24
+# Beside the number of recomputed layers; no letter for the usual mode.
+_MODE_LETTERS = {"full": "", "selective": "s", "offload": "o"}
 
 
 def print_plan(
@@ -90,7 +92,7 @@ def _groups_table(plan: EpochPlan) -> tuple[Table, str]:
             group.name,
             f"{group.pack_len:,}",
             str(group.cp_degree),
-            group.describe_ac(),
+            str(group.ac_layers) + _MODE_LETTERS[group.ac_mode],
             f"{int(docs_per_pack[mine].sum()):,}",
             f"{np.count_nonzero(docs_per_pack[mine]):,}",
             f"{len(steps):,}",
@@ -99,7 +101,8 @@ def _groups_table(plan: EpochPlan) -> tuple[Table, str]:
         )
     left_out = [f"{len(ids):,} {what}" for what, ids in (("dropped", plan.dropped), ("truncated", plan.truncated)) if len(ids)]
     placed = ", ".join([f"{len(plan.sample_ids):,} samples placed, each once", *left_out])
-    return table, f"{placed}\n  CP: ranks that share a pack  AC: recomputed layers  micro: micro-steps a step"
+    modes = "".join(f" ({letter}: {mode})" for mode in sorted({g.ac_mode for g in plan.groups}) if (letter := _MODE_LETTERS[mode]))
+    return table, f"{placed}\n  CP: ranks that share a pack  AC: recomputed layers{modes}  micro: micro-steps a step"
 
 
 def _metrics_table(rows: Mapping[str, PlanMetrics], ranks: int) -> tuple[Table, str]:
