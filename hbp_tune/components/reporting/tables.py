@@ -14,8 +14,8 @@ from hbp_tune.components.planning.records import EpochPlan
 from hbp_tune.components.reporting.charts import time_unit
 
 _BAR_WIDTH = 24
-# Beside the number of recomputed layers; no letter for the usual mode.
-_MODE_LETTERS = {"full": "", "selective": "s", "offload": "o"}
+# Beside the number of recomputed layers, where their mode is not the usual one.
+_MODE_LETTERS = {"selective": "s", "offload": "o"}
 
 
 def print_plan(
@@ -92,7 +92,7 @@ def _groups_table(plan: EpochPlan) -> tuple[Table, str]:
             group.name,
             f"{group.pack_len:,}",
             str(group.cp_degree),
-            str(group.ac_layers) + _MODE_LETTERS[group.ac_mode],
+            f"{group.ac_layers}{_MODE_LETTERS.get(group.ac_mode, '') if group.ac_layers else ''}",
             f"{int(docs_per_pack[mine].sum()):,}",
             f"{np.count_nonzero(docs_per_pack[mine]):,}",
             f"{len(steps):,}",
@@ -101,7 +101,8 @@ def _groups_table(plan: EpochPlan) -> tuple[Table, str]:
         )
     left_out = [f"{len(ids):,} {what}" for what, ids in (("dropped", plan.dropped), ("truncated", plan.truncated)) if len(ids)]
     placed = ", ".join([f"{len(plan.sample_ids):,} samples placed, each once", *left_out])
-    modes = "".join(f" ({letter}: {mode})" for mode in sorted({g.ac_mode for g in plan.groups}) if (letter := _MODE_LETTERS[mode]))
+    shown = {group.ac_mode for group in plan.groups if group.ac_layers}
+    modes = "".join(f" ({letter}: {mode})" for mode, letter in _MODE_LETTERS.items() if mode in shown)
     return table, f"{placed}\n  CP: ranks that share a pack  AC: recomputed layers{modes}  micro: micro-steps a step"
 
 
