@@ -24,6 +24,9 @@ from hbp_tune.components.parallel.activation_checkpoint import make_checkpointab
 from hbp_tune.components.parallel.agree import from_rank_zero as from_rank_zero
 from hbp_tune.components.parallel.attention import select_attention as select_attention
 from hbp_tune.components.parallel.context_parallel import Ulysses as Ulysses
+from hbp_tune.components.parallel.loss_head import ForwardGradientHead as ForwardGradientHead
+from hbp_tune.components.parallel.loss_head import LigerHead as LigerHead
+from hbp_tune.components.parallel.loss_head import RecomputedHead as RecomputedHead
 from hbp_tune.components.parallel.mesh import build_cp_meshes as build_cp_meshes
 from hbp_tune.components.parallel.mesh import build_fsdp_mesh as build_fsdp_mesh
 from hbp_tune.components.parallel.parallelize import GroupSwitch as GroupSwitch

@@ -29,6 +29,7 @@ from hbp_tune.components import (
     ConfigError,
     CostModel,
     EpochPlan,
+    ForwardGradientHead,
     GroupSwitch,
     HierarchicalPackedDataset,
     PackBatch,
@@ -79,7 +80,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
     decides over how many ranks the pack's sequence is split and how many layers recompute their activations.
 
     Args:
-        cfg: keys as in torchtune's ``full_finetune_distributed``, and ``groups``, ``planner``, ``curriculum``,
+        cfg: keys as in torchtune's ``full_finetune_distributed``, and ``groups``, ``planner``, ``curriculum``, ``loss_head``,
             ``context_parallel``, ``compute_dtype``, ``max_steps``, ``save_every_n_steps``, ``keep_last_n_checkpoints``,
             ``num_workers``, ``token_store_dir``, ``plan_file``.
 
@@ -117,6 +118,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self._curriculum = build("curriculum", cfg.curriculum) if cfg.get("curriculum") else None
         self._context_parallel = build("context_parallel", cfg.context_parallel) if cfg.get("context_parallel") else Ulysses()
         self._loss = AveTokenLoss() if is_stock_loss(cfg) else build("loss", cfg.loss)
+        self._loss_head = build("loss_head", cfg.loss_head) if cfg.get("loss_head") else ForwardGradientHead()
 
         self.seed = training.set_seed(seed=cfg.get("seed"), debug_mode=cfg.get("cudnn_deterministic_mode"))
         self.global_step = 0
@@ -164,7 +166,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         """Build the decoder without weights, make it parallel, and check that the groups suit it."""
         with training.set_default_dtype(self._dtype), torch.device("meta"):
             model: nn.Module = build("model", cfg.model)
-        self._decoder = adapt_decoder(model)
+        self._decoder = adapt_decoder(model, loss_head=self._loss_head)
         self._cost = CostModel(model_shape(model))
         self._context_parallel.check_heads(
             self._groups, num_heads=self._decoder.num_heads, num_kv_heads=self._decoder.num_kv_heads
@@ -201,6 +203,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             if not steps_per_epoch and self._is_rank_zero:
                 self._show_plan(plan)
             check_positions(plan, self._decoder.max_seq_len)
+            document_weights = self._loss.document_weights(plan, self._num_targets)
+            self._loss_head.check(self._device, document_weights, plan.pack_of_sample)
             left = plan.num_steps if max_steps is None else max_steps - sum(steps_per_epoch)
             steps_per_epoch.append(min(plan.num_steps, left))
             self._plan_hashes.append(plan.hash)

@@ -43,6 +43,7 @@ _OURS = frozenset(
         "planner",
         "curriculum",
         "context_parallel",
+        "loss_head",
         "compute_dtype",
         "max_steps",
         "save_every_n_steps",

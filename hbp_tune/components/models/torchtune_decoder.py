@@ -9,7 +9,7 @@ from torchtune.modules import MultiHeadAttention, TransformerDecoder, Transforme
 from torchtune.modules.tied_linear import TiedLinear
 
 from hbp_tune.components.models.torchtune_seam import replace_attention_call
-from hbp_tune.components.parallel.loss_head import weighted_cross_entropy
+from hbp_tune.components.parallel.loss_head import ForwardGradientHead, LossHead
 from hbp_tune.components.parallel.parallelize import PackContext
 from hbp_tune.components.planning.cost import ModelShape
 from hbp_tune.components.planning.errors import ConfigError
@@ -32,10 +32,14 @@ class DecoderParts:
     max_seq_len: int
 
 
-def adapt_decoder(model: nn.Module) -> DecoderParts:
+def adapt_decoder(model: nn.Module, *, loss_head: LossHead | None = None) -> DecoderParts:
     """Hook packs into a torchtune decoder, in place: its forward takes a `PackContext` as mask and returns the loss.
 
     Parameters and their names stay as they are, so that torchtune's checkpointers work on. Call it before FSDP.
+
+    Args:
+        model: the decoder.
+        loss_head: turns the last hidden states into the loss; `ForwardGradientHead` where left out.
 
     Raises:
         ConfigError: the model is no decoder of plain self-attention layers, or has dropout in its attention.
@@ -67,6 +71,7 @@ def adapt_decoder(model: nn.Module) -> DecoderParts:
     if not isinstance(decoder.output, TiedLinear):
         decoder.output.__class__ = LossLinear
     decoder.__class__ = LossDecoder
+    decoder.loss_head = loss_head or ForwardGradientHead()
     return parts
 
 
@@ -113,13 +118,17 @@ def _attend_inside_pack(q: Tensor, k: Tensor, v: Tensor, *, mask: PackContext, *
 class LossLinear(nn.Linear):
     """The output projection as a loss head; a module, so that FSDP can shard it by itself."""
 
-    def forward(self, hidden: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:  # type: ignore[override]
-        """Give the weighted sum of token losses; arguments as in `weighted_cross_entropy`."""
-        return weighted_cross_entropy(hidden, self.weight, labels, loss_weights)
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, loss_head: LossHead, labels: Tensor, loss_weights: Tensor
+    ) -> Tensor:
+        """Give the weighted sum of token losses; arguments as in `LossHead`."""
+        return loss_head(hidden, self.weight, labels, loss_weights)
 
 
 class LossDecoder(TransformerDecoder):
     """A torchtune decoder whose forward ends in the loss, so that all logits are never held at once."""
+
+    loss_head: LossHead  # set by `adapt_decoder`
 
     def forward(  # type: ignore[override]
         self, tokens: Tensor, *, mask: PackContext, input_pos: Tensor, labels: Tensor, loss_weights: Tensor
@@ -138,5 +147,5 @@ class LossDecoder(TransformerDecoder):
             hidden = layer(hidden, mask=mask, input_pos=input_pos)
         hidden = self.norm(hidden)
         if isinstance(self.output, TiedLinear):
-            return weighted_cross_entropy(hidden, self.output.tied_module.weight, labels, loss_weights)
-        return cast(Tensor, self.output(hidden, labels, loss_weights))
+            return self.loss_head(hidden, self.output.tied_module.weight, labels, loss_weights)
+        return cast(Tensor, self.output(hidden, self.loss_head, labels, loss_weights))
