@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hbp_tune.components import CostModel, GroupSwitch, HierarchicalPackedDataset, Ulysses, adapt_decoder, model_shape
+from hbp_tune.components import CostModel, CpDegrees, GroupSwitch, HierarchicalPackedDataset, Ulysses, adapt_decoder, model_shape
 from hbp_tune.components.parallel.activation_checkpoint import make_checkpointable
-from hbp_tune.components.parallel.attention import select_attention
+from hbp_tune.components.parallel.attention import sdpa_per_document
+from hbp_tune.components.parallel.mesh import CpMesh
 from hbp_tune.components.planning.comparison import plan_baseline
 from hbp_tune.components.planning.hashing import hashed_order
 from hbp_tune.components.planning.planner import BalancePlanner
@@ -46,7 +47,7 @@ def main() -> None:
     cost = CostModel(model_shape(model))
     decoder = adapt_decoder(model)
     make_checkpointable(decoder.layers)
-    switch = GroupSwitch(decoder.layers, {1: None}, select_attention(torch.device("cpu"), torch.float32), Ulysses())
+    switch = GroupSwitch(decoder.layers, {CpDegrees(): CpMesh(None, None)}, sdpa_per_document, Ulysses())
 
     def planned(**settings: str | None) -> EpochPlan:
         return BalancePlanner(**settings).plan(lengths, lengths, GROUPS, world_size=RANKS, seed=0, cost=cost)

@@ -15,6 +15,7 @@ from hbp_tune.components.data.store import TokenStore as TokenStore
 from hbp_tune.components.data.store import default_store_directory as default_store_directory
 from hbp_tune.components.data.store import open_token_store as open_token_store
 from hbp_tune.components.data.store import store_key as store_key
+from hbp_tune.components.models.hf_config import HFConfig as HFConfig
 from hbp_tune.components.models.rope import with_yarn as with_yarn
 from hbp_tune.components.models.torchtune_decoder import DecoderParts as DecoderParts
 from hbp_tune.components.models.torchtune_decoder import adapt_decoder as adapt_decoder
@@ -22,8 +23,14 @@ from hbp_tune.components.models.torchtune_decoder import model_shape as model_sh
 from hbp_tune.components.models.torchtune_decoder import separate_units as separate_units
 from hbp_tune.components.parallel.activation_checkpoint import make_checkpointable as make_checkpointable
 from hbp_tune.components.parallel.agree import from_rank_zero as from_rank_zero
+from hbp_tune.components.parallel.attention import sdpa_per_document as sdpa_per_document
 from hbp_tune.components.parallel.attention import select_attention as select_attention
+from hbp_tune.components.parallel.context_parallel import AllGatherKV as AllGatherKV
+from hbp_tune.components.parallel.context_parallel import AutoContextParallel as AutoContextParallel
 from hbp_tune.components.parallel.context_parallel import Ulysses as Ulysses
+from hbp_tune.components.parallel.context_parallel import UlyssesAllGather as UlyssesAllGather
+from hbp_tune.components.parallel.context_parallel import describe_layouts as describe_layouts
+from hbp_tune.components.parallel.context_parallel import select_context_parallel as select_context_parallel
 from hbp_tune.components.parallel.loss_head import ForwardGradientHead as ForwardGradientHead
 from hbp_tune.components.parallel.loss_head import LigerHead as LigerHead
 from hbp_tune.components.parallel.loss_head import RecomputedHead as RecomputedHead
@@ -51,6 +58,7 @@ from hbp_tune.components.planning.curriculum import Interleave as Interleave
 from hbp_tune.components.planning.curriculum import ShortFirst as ShortFirst
 from hbp_tune.components.planning.distributions import synthetic_lengths as synthetic_lengths
 from hbp_tune.components.planning.errors import ConfigError as ConfigError
+from hbp_tune.components.planning.exchange import AttentionHeads as AttentionHeads
 from hbp_tune.components.planning.metrics import PlanMetrics as PlanMetrics
 from hbp_tune.components.planning.metrics import measure as measure
 from hbp_tune.components.planning.packing import FirstFit as FirstFit
@@ -62,6 +70,7 @@ from hbp_tune.components.planning.records import check_ac_layers as check_ac_lay
 from hbp_tune.components.planning.records import check_groups as check_groups
 from hbp_tune.components.planning.records import check_positions as check_positions
 from hbp_tune.components.planning.records import check_saved_plan as check_saved_plan
+from hbp_tune.components.planning.sharding import CpDegrees as CpDegrees
 from hbp_tune.components.reporting.advice import expected_time as expected_time
 from hbp_tune.components.reporting.advice import headline as headline
 from hbp_tune.components.reporting.advice import plan_warnings as plan_warnings

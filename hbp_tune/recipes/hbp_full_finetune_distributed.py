@@ -7,9 +7,11 @@ Start it with
 or copy this file into your own folder, change it, and start it by its file name.
 """
 
+import logging
 import time
 from collections.abc import Iterator
-from functools import cached_property
+from datetime import timedelta
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +26,7 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 from hbp_tune.components import (
+    AttentionHeads,
     AveTokenLoss,
     BalancePlanner,
     ConfigError,
@@ -31,6 +34,7 @@ from hbp_tune.components import (
     EpochPlan,
     ForwardGradientHead,
     GroupSwitch,
+    HFConfig,
     HierarchicalPackedDataset,
     PackBatch,
     Position,
@@ -38,7 +42,6 @@ from hbp_tune.components import (
     RunIdentity,
     StepClock,
     TokenStore,
-    Ulysses,
     adapt_decoder,
     apply_fsdp,
     build,
@@ -52,6 +55,7 @@ from hbp_tune.components import (
     check_saved_plan,
     check_targets,
     default_store_directory,
+    describe_layouts,
     from_rank_zero,
     is_stock_loss,
     local_files,
@@ -65,6 +69,7 @@ from hbp_tune.components import (
     report_overlong,
     run_recipe,
     select_attention,
+    select_context_parallel,
     separate_units,
     store_key,
 )
@@ -81,8 +86,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     Args:
         cfg: keys as in torchtune's ``full_finetune_distributed``, and ``groups``, ``planner``, ``curriculum``, ``loss_head``,
-            ``context_parallel``, ``compute_dtype``, ``max_steps``, ``save_every_n_steps``, ``keep_last_n_checkpoints``,
-            ``num_workers``, ``token_store_dir``, ``plan_file``.
+            ``context_parallel``, ``attention``, ``compute_dtype``, ``max_steps``, ``save_every_n_steps``,
+            ``keep_last_n_checkpoints``, ``num_workers``, ``token_store_dir``, ``plan_file``, ``process_group_timeout_s``.
 
     Raises:
         ConfigError: settings that cannot work, alone or together.
@@ -99,10 +104,15 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self._cpu_offload = cfg.get("fsdp_cpu_offload", False)
         if self._cpu_offload and self._device.type != "cuda":
             raise ConfigError(f"fsdp_cpu_offload=True needs device=cuda, device is {self._device.type}; set it to False")
+        attention = cfg.get("attention") or "auto"
+        self._attention, self._why_attention = select_attention(attention, self._device, self._compute_dtype)
+        timeout_s = cfg.get("process_group_timeout_s")
+        self._timeout = timedelta(seconds=timeout_s) if timeout_s else None
         if not dist.is_initialized():
             if not dist.is_torchelastic_launched():
                 raise ConfigError("start with torchrun: tune run --nproc_per_node N hbp_full_finetune_distributed --config ...")
-            dist.init_process_group(training.get_distributed_backend(self._device.type, offload_ops_to_cpu=self._cpu_offload))
+            backend = training.get_distributed_backend(self._device.type, offload_ops_to_cpu=self._cpu_offload)
+            dist.init_process_group(backend, timeout=self._timeout)
         self.world_size, self.rank = utils.get_world_size_and_rank()
         self._is_rank_zero = self.rank == 0
         self._output_dir = Path(cfg.output_dir)
@@ -116,7 +126,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         check_groups(self._groups, self.world_size)
         self._planner = build("planner", cfg.planner) if cfg.get("planner") else BalancePlanner()
         self._curriculum = build("curriculum", cfg.curriculum) if cfg.get("curriculum") else None
-        self._context_parallel = build("context_parallel", cfg.context_parallel) if cfg.get("context_parallel") else Ulysses()
+        scheme = cfg.get("context_parallel") or "auto"
+        self._context_parallel = select_context_parallel(scheme) if isinstance(scheme, str) else build("context_parallel", scheme)
         self._loss = AveTokenLoss() if is_stock_loss(cfg) else build("loss", cfg.loss)
         self._loss_head = build("loss_head", cfg.loss_head) if cfg.get("loss_head") else ForwardGradientHead()
 
@@ -129,6 +140,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         """Set up everything; what can go wrong with the settings or the data goes wrong before weights are loaded."""
         self._tokenizer = build("tokenizer", cfg.tokenizer)
         self._model = self._setup_decoder(cfg)
+        self._checkpointer = self._setup_checkpointer(cfg.checkpointer)
         self._store = self._setup_store(cfg)
         self._progress = ProgressSaver(
             self._output_dir / "progress",
@@ -143,7 +155,6 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             check_plan_hash(position, self._plan_hashes[position.epoch])
         self._num_workers = cfg.get("num_workers") or 0
 
-        self._checkpointer = build("checkpointer", cfg.checkpointer)
         self._load_weights()
         self._optimizer = build("optimizer", cfg.optimizer, self._model.parameters())
         self._lr_scheduler = None
@@ -152,9 +163,9 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             self._lr_scheduler = build("lr_scheduler", cfg.lr_scheduler, self._optimizer, num_training_steps=total_steps)
         if position is not None:
             self._resume(position)
-        meshes = build_cp_meshes(self._groups, self._device.type)
-        attention = select_attention(self._device, self._compute_dtype)
-        self._switch = GroupSwitch(self._decoder.layers, meshes, attention, self._context_parallel)
+        layouts = [x for group in self._groups for x in self._context_parallel.layouts(self._heads, group.cp_degree)]
+        meshes = build_cp_meshes(layouts, self._device.type, timeout=self._timeout)
+        self._switch = GroupSwitch(self._decoder.layers, meshes, self._attention, self._context_parallel)
 
         self._profiler = self._setup_profiler(cfg)
         if self._is_rank_zero:
@@ -168,9 +179,9 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             model: nn.Module = build("model", cfg.model)
         self._decoder = adapt_decoder(model, loss_head=self._loss_head)
         self._cost = CostModel(model_shape(model))
-        self._context_parallel.check_heads(
-            self._groups, num_heads=self._decoder.num_heads, num_kv_heads=self._decoder.num_kv_heads
-        )
+        self._heads = AttentionHeads(query=self._decoder.num_heads, kv=self._decoder.num_kv_heads)
+        for line in (self._why_attention, *describe_layouts(self._context_parallel, self._heads, self._groups)):
+            utils.log_rank_zero(log, line)
         check_ac_layers(self._groups, len(self._decoder.layers))
         make_checkpointable(self._decoder.layers)  # before FSDP, which must gather weights around the recomputation too
         apply_fsdp(
@@ -182,6 +193,16 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             cpu_offload=self._cpu_offload,
         )
         return model
+
+    def _setup_checkpointer(self, node: DictConfig) -> Any:
+        """Build the checkpointer, and compare the positions of a Hugging Face checkpoint with those of the model."""
+        checkpointer = build("checkpointer", node)
+        self._hf_config: HFConfig | None = None
+        if isinstance(checkpointer, training.FullModelHFCheckpointer):
+            self._hf_config = HFConfig(Path(node.checkpoint_dir), Path(node.output_dir), self._model)
+            for line in self._hf_config.differences():
+                utils.log_rank_zero(log, line, logging.WARNING)
+        return checkpointer
 
     def _setup_store(self, cfg: DictConfig) -> TokenStore:
         """Tokenise the data set, or open what an earlier run with the same data, tokenizer and template left on disk."""
@@ -296,7 +317,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         plan = self._plan_epoch(epoch, first_step=sum(self._steps_per_epoch[:epoch]))
         self._tokens_per_step = plan.step_tokens
         weights = self._loss.document_weights(plan, self._num_targets)
-        dataset = HierarchicalPackedDataset(self._store, plan, weights, self.rank)
+        layout = partial(self._context_parallel.layout, self._heads)
+        dataset = HierarchicalPackedDataset(self._store, plan, weights, self.rank, layout)
         indices = plan.indices_for_rank(self.rank, first_step=self.epoch_step, last_step=self._steps_per_epoch[epoch])
         for batch in pack_loader(dataset, indices, self._num_workers):
             yield batch.to(self._device)
@@ -383,6 +405,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         state_dict = training.gather_cpu_state_dict(self._model, self._is_rank_zero, device=self._device)
         if self._is_rank_zero:
             self._checkpointer.save_checkpoint({training.MODEL_KEY: state_dict}, epoch=epoch)
+            if self._hf_config:
+                self._hf_config.write(epoch)
         dist.barrier()
 
     def cleanup(self) -> None:

@@ -29,6 +29,7 @@ from torchtune import config, training
 from hbp_tune.components import (
     BASELINE_NAMES,
     LENGTH_SUFFIXES,
+    AttentionHeads,
     BalancePlanner,
     CharacterEstimate,
     ConfigError,
@@ -36,7 +37,6 @@ from hbp_tune.components import (
     EpochPlan,
     PlanMetrics,
     PlanReport,
-    Ulysses,
     adapt_decoder,
     build,
     check_ac_layers,
@@ -44,6 +44,7 @@ from hbp_tune.components import (
     check_groups,
     check_positions,
     default_store_directory,
+    describe_layouts,
     estimate_lengths,
     expected_time,
     headline,
@@ -62,6 +63,7 @@ from hbp_tune.components import (
     render_page,
     report_overlong,
     run_recipe,
+    select_context_parallel,
     store_key,
     synthetic_lengths,
     write_plan,
@@ -97,7 +99,8 @@ class HBPPlanRecipe:
         check_groups(self._groups, self.world_size)
         self._planner = build("planner", cfg.planner) if cfg.get("planner") else BalancePlanner()
         self._curriculum = build("curriculum", cfg.curriculum) if cfg.get("curriculum") else None
-        self._context_parallel = build("context_parallel", cfg.context_parallel) if cfg.get("context_parallel") else Ulysses()
+        scheme = cfg.get("context_parallel") or "auto"
+        self._context_parallel = select_context_parallel(scheme) if isinstance(scheme, str) else build("context_parallel", scheme)
         self._baselines = _baseline_names(cfg.get("baselines"))
         self._epochs, self._max_steps = cfg.epochs, cfg.get("max_steps")
         self._output_dir = Path(cfg.output_dir)
@@ -134,9 +137,8 @@ class HBPPlanRecipe:
         with torch.device("meta"):
             model: nn.Module = build("model", cfg.model)
         self._decoder = adapt_decoder(model)
-        self._context_parallel.check_heads(
-            self._groups, num_heads=self._decoder.num_heads, num_kv_heads=self._decoder.num_kv_heads
-        )
+        heads = AttentionHeads(query=self._decoder.num_heads, kv=self._decoder.num_kv_heads)
+        self._notes += describe_layouts(self._context_parallel, heads, self._groups)
         check_ac_layers(self._groups, len(self._decoder.layers))
         self._cost = CostModel(model_shape(model))
 

@@ -7,7 +7,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training
 
-from hbp_tune.components import PackingGroup, adapt_decoder, build, check_config, check_groups
+from hbp_tune.components import (
+    AttentionHeads,
+    PackingGroup,
+    adapt_decoder,
+    build,
+    check_config,
+    check_groups,
+    describe_layouts,
+    select_context_parallel,
+)
 from hbp_tune.components.config.packaged import packaged_configs
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +49,7 @@ def test_keys_and_components(name: str) -> None:
         check_groups(groups, world_size)
     assert cfg.seed is not None
     assert Path(cfg.checkpointer.checkpoint_dir) not in (Path(cfg.output_dir), *Path(cfg.output_dir).parents)
-    for key in ("planner", "curriculum", "context_parallel", "loss"):
+    for key in ("planner", "curriculum", "loss"):
         build(key, cfg[key])
 
 
@@ -52,9 +61,10 @@ def test_the_groups_suit_the_model(name: str) -> None:
     weights = {parameter.device.type for parameter in model.parameters()}
     parts = adapt_decoder(model)
     assert weights == {"meta"}
-    build("context_parallel", cfg.context_parallel).check_heads(
-        groups, num_heads=parts.num_heads, num_kv_heads=parts.num_kv_heads
-    )
+    scheme = cfg.context_parallel
+    scheme = select_context_parallel(scheme) if isinstance(scheme, str) else build("context_parallel", scheme)
+    lines = describe_layouts(scheme, AttentionHeads(query=parts.num_heads, kv=parts.num_kv_heads), groups)
+    assert len(lines) == sum(group.cp_degree > 1 for group in groups)
     assert max(group.ac_layers for group in groups) <= len(parts.layers)
     assert groups[-1].pack_len <= parts.max_seq_len
 

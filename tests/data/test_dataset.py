@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,14 +8,16 @@ import torch
 from hbp_tune.components import (
     AveTokenLoss,
     BalancePlanner,
+    CpDegrees,
     EpochPlan,
     HierarchicalPackedDataset,
-    PackBatch,
     PackingGroup,
     TokenStore,
     open_token_store,
     pack_loader,
 )
+from hbp_tune.components.data.dataset import Layout, by_heads
+from hbp_tune.components.planning.sharding import local_rows, padded_len, share_out
 from tests.helpers import RandomTokens, mixed_lengths
 
 GROUPS = (PackingGroup(name="short", pack_len=256), PackingGroup(name="long", pack_len=1024, cp_degree=2))
@@ -30,34 +33,47 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
     return source, store, plan, AveTokenLoss().document_weights(plan, num_targets)
 
 
-def whole_pack(everything: Everything, index: int) -> PackBatch:
-    """Join the rows of all the ranks of a pack."""
+def whole_pack(everything: Everything, index: int, layout: Layout = by_heads) -> dict[str, torch.Tensor]:
+    """Join the rows of all the ranks of a pack, in the pack's order, and say what each attends to."""
     _, store, plan, weights = everything
+    pack = plan.pack(index, int(plan.pack_first_rank[index]))
     ranks = range(plan.pack_first_rank[index], plan.pack_first_rank[index] + plan.cp_degrees[index])
-    parts = [HierarchicalPackedDataset(store, plan, weights, rank)[index] for rank in ranks]
+    parts = [HierarchicalPackedDataset(store, plan, weights, rank, layout)[index] for rank in ranks]
     assert len({part.tokens.shape for part in parts}) == 1, "ranks of a pack hold equally many rows"
-    assert all(torch.equal(part.cu_seqlens, parts[0].cu_seqlens) for part in parts)
+    slots = sum(part.tokens.shape[1] for part in parts)
+    assert slots == padded_len(parts[0].num_tokens, pack.group.cp_degree, pack.group.pack_len)
+    degrees = parts[0].degrees
+    shares = share_out([int(n) for n in pack.lengths], slots, degrees.gather)
+    order = np.concatenate([local_rows(share, rank, degrees.ulysses) for share in shares for rank in range(degrees.ulysses)])
+    for rank, part in enumerate(parts):
+        spans, share = part.spans, shares[rank // degrees.ulysses]
+        assert np.diff(spans.cu_seqlens_q).tolist() == list(spans.query_lens) == share.query_lens.tolist()
+        assert np.diff(spans.cu_seqlens_k).tolist() == list(spans.key_lens) == share.key_lens.tolist()
+        assert (spans.key_rows is None) == (share.key_rows is None)
     names = ("tokens", "labels", "input_pos", "loss_weights")
     joined = {name: torch.cat([getattr(part, name) for part in parts], dim=1)[0] for name in names}
-    return type("Joined", (), {**joined, "cu_seqlens": parts[0].cu_seqlens, "doc_lens": parts[0].doc_lens})  # type: ignore[return-value]
+    return {name: values[np.argsort(order)] for name, values in joined.items()}
 
 
-def test_documents_keep_tokens_positions_and_labels_to_themselves(everything: Everything) -> None:
+def by_queries(cp_degree: int, doc_lens: Sequence[int], padded: int) -> CpDegrees:
+    return CpDegrees(gather=cp_degree)
+
+
+@pytest.mark.parametrize("layout", [by_heads, by_queries])
+def test_documents_keep_tokens_positions_and_labels_to_themselves(everything: Everything, layout: Layout) -> None:
     source, _, plan, _ = everything
     for index in range(plan.num_packs):
-        pack = whole_pack(everything, index)
-        ids = plan.pack(index, int(plan.pack_first_rank[index])).sample_ids
-        for doc, sample_id in enumerate(ids):
-            rows = slice(int(pack.cu_seqlens[doc]), int(pack.cu_seqlens[doc + 1]))
+        pack = whole_pack(everything, index, layout)
+        start = 0
+        for sample_id in plan.pack(index, int(plan.pack_first_rank[index])).sample_ids:
             sample = source[int(sample_id)]
-            assert pack.tokens[rows].tolist() == sample["tokens"]
-            assert pack.input_pos[rows].tolist() == list(range(len(sample["tokens"])))
-            assert pack.labels[rows].tolist() == [*sample["labels"][1:], -100]
-        padding = slice(int(pack.cu_seqlens[len(ids)]), None)
-        assert (pack.labels[padding] == -100).all()
-        assert int(pack.cu_seqlens[-1]) == len(pack.tokens) == sum(pack.doc_lens)
-        assert np.diff(pack.cu_seqlens).tolist() == list(pack.doc_lens)
-        assert len(pack.tokens) % 128 == 0
+            rows = slice(start, start + len(sample["tokens"]))
+            assert pack["tokens"][rows].tolist() == sample["tokens"]
+            assert pack["input_pos"][rows].tolist() == list(range(len(sample["tokens"])))
+            assert pack["labels"][rows].tolist() == [*sample["labels"][1:], -100]
+            start = rows.stop
+        assert (pack["labels"][start:] == -100).all()
+        assert len(pack["tokens"]) % 128 == 0
 
 
 def test_weights_sum_to_one_in_every_step_and_stand_on_targets_only(everything: Everything) -> None:
@@ -65,8 +81,8 @@ def test_weights_sum_to_one_in_every_step_and_stand_on_targets_only(everything: 
     total = np.zeros(plan.num_steps)
     for index in range(plan.num_packs):
         pack = whole_pack(everything, index)
-        assert torch.equal(pack.loss_weights > 0, pack.labels != -100)
-        total[plan.pack_step[index]] += float(pack.loss_weights.double().sum())
+        assert torch.equal(pack["loss_weights"] > 0, pack["labels"] != -100)
+        total[plan.pack_step[index]] += float(pack["loss_weights"].double().sum())
     np.testing.assert_allclose(total, 1.0, atol=1e-5)
 
 
@@ -77,7 +93,7 @@ def test_an_empty_pack_is_one_unit_of_padding(tmp_path: Path) -> None:
     weights = np.ones(1)
     batches = [HierarchicalPackedDataset(store, plan, weights, rank)[int(plan.indices_for_rank(rank)[0])] for rank in (0, 1)]
     empty = next(batch for batch in batches if batch.num_tokens == 0)
-    assert empty.doc_lens == (128,)
+    assert empty.spans.query_lens == empty.spans.key_lens == (128,)
     assert empty.tokens.shape == (1, 128)
     assert (empty.labels == -100).all()
     assert empty.is_last_micro_step

@@ -1,36 +1,33 @@
+import importlib.machinery
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hbp_tune.components.parallel.attention import sdpa_per_document, select_attention, varlen_flash
+from hbp_tune.components import ConfigError, CpDegrees
+from hbp_tune.components.data.batch import Spans
+from hbp_tune.components.parallel import attention
+from hbp_tune.components.parallel.attention import (
+    Attention,
+    flash_attention,
+    sdpa_per_document,
+    select_attention,
+    varlen_attention,
+)
+from tests.parallel.packs import dense, qkv, rank_view, spans_of
 
-
-def make(
-    num_tokens: int, *, heads: int = 4, kv_heads: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(num_tokens, h, 8, generator=generator, dtype=dtype).requires_grad_() for h in (heads, kv_heads, kv_heads)]
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, doc_lens: tuple[int, ...]) -> Tensor:
-    """Plain attention under one dense mask."""
-    doc_ids = torch.repeat_interleave(torch.arange(len(doc_lens)), torch.tensor(doc_lens))
-    mask = (doc_ids[:, None] == doc_ids[None]) & torch.ones(len(doc_ids), len(doc_ids), dtype=torch.bool).tril()
-    repeats = q.shape[1] // k.shape[1]
-    q, k, v = q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    return F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask).transpose(0, 1)
-
-
-def cumulative(doc_lens: tuple[int, ...]) -> Tensor:
-    return torch.tensor([0, *doc_lens]).cumsum(0).to(torch.int32)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.mark.parametrize("doc_lens", [(12,), (1, 11), (5, 1, 1, 5), (3, 4, 5)])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_documents_equal_a_dense_mask_forward_and_backward(doc_lens: tuple[int, ...], kv_heads: int) -> None:
-    inputs = make(12, kv_heads=kv_heads)
-    got = sdpa_per_document(*inputs, cumulative(doc_lens), doc_lens)
+    inputs = qkv(12, 4, kv_heads)
+    got = sdpa_per_document(*inputs, spans_of(doc_lens))
     want = dense(*inputs, doc_lens)
     torch.testing.assert_close(got, want)
     weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
@@ -40,35 +37,144 @@ def test_documents_equal_a_dense_mask_forward_and_backward(doc_lens: tuple[int, 
         torch.testing.assert_close(left, right)
 
 
-def test_changing_one_document_changes_no_other() -> None:
-    doc_lens = (4, 5, 3)
-    q, k, v = (x.detach() for x in make(12))
-    before = sdpa_per_document(q, k, v, cumulative(doc_lens), doc_lens)
-    for x in (q, k, v):
+def attend_part(kernel: Attention, inputs: list[Tensor], doc_lens: tuple[int, ...], num_parts: int, index: int) -> Tensor:
+    """Attend with one part's queries to its gathered keys, as all-gather-KV does."""
+    degrees = CpDegrees(gather=num_parts)
+    padded = sum(doc_lens)
+    own = [rank_view(doc_lens, padded, degrees, part)[0] for part in range(num_parts)]
+    rows, spans = rank_view(doc_lens, padded, degrees, index)
+    held = torch.cat([*(part[: spans.gathered_len] for part in own), rows])
+    keys = rows if spans.key_rows is None else held[spans.key_rows]
+    q, k, v = inputs
+    device = q.device
+    return kernel(q[rows.to(device)], k[keys.to(device)], v[keys.to(device)], spans.map(lambda x: x.to(device)))
+
+
+@pytest.mark.parametrize("doc_lens", [(16,), (11, 5), (1, 9, 2, 4), (1,) * 16])
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_runs_with_more_keys_than_queries_equal_their_rows_of_the_dense_mask(
+    monkeypatch: pytest.MonkeyPatch, doc_lens: tuple[int, ...], num_parts: int
+) -> None:
+    monkeypatch.setattr(attention, "_MASKED_QUERIES", 3)  # so that a run takes several masks
+    inputs = qkv(16, 4, 2)
+    want = dense(*inputs, doc_lens)
+    for index in range(num_parts):
+        rows, _ = rank_view(doc_lens, 16, CpDegrees(gather=num_parts), index)
+        torch.testing.assert_close(attend_part(sdpa_per_document, inputs, doc_lens, num_parts, index), want[rows])
+
+
+def assert_no_leak(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> None:
+    """Change rows 4 to 8, one of three documents: outputs and gradients of the others must stay as they are, bit for bit."""
+    changed = [x.detach().clone() for x in inputs]
+    for x in changed:
         x[4:9] += 1.0
-    after = sdpa_per_document(q, k, v, cumulative(doc_lens), doc_lens)
-    assert torch.equal(before[:4], after[:4])
-    assert torch.equal(before[9:], after[9:])
+    changed = [x.requires_grad_() for x in changed]
+    before, after = kernel(*inputs), kernel(*changed)
+    grads = zip(torch.autograd.grad(before.sum(), inputs), torch.autograd.grad(after.sum(), changed), strict=True)
+    for left, right in [(before, after), *grads]:
+        assert torch.equal(left[:4], right[:4])
+        assert torch.equal(left[9:], right[9:])
     assert not torch.equal(before[4:9], after[4:9])
 
 
+def test_changing_one_document_changes_no_other() -> None:
+    assert_no_leak(lambda q, k, v: sdpa_per_document(q, k, v, spans_of((4, 5, 3))), qkv(12, 4, 2))
+
+
 def test_choice_by_device_and_dtype() -> None:
-    assert select_attention(torch.device("cpu"), torch.bfloat16) is sdpa_per_document
-    assert select_attention(torch.device("cuda"), torch.bfloat16) is varlen_flash
-    assert select_attention(torch.device("cuda"), torch.float32) is sdpa_per_document
+    kernel, why = select_attention("auto", CPU, torch.bfloat16)
+    assert kernel is sdpa_per_document
+    assert why == "attention: sdpa, one call a document (bfloat16 on cpu has no variable-length kernel)"
+    kernel, why = select_attention("auto", CUDA, torch.bfloat16)
+    assert kernel is varlen_attention
+    assert why.startswith(f"attention: varlen, torch {torch.__version__}'s own flash kernel (bfloat16 on cuda")
+    kernel, why = select_attention("auto", CUDA, torch.float32)
+    assert kernel is sdpa_per_document
+    assert "variable-length kernels want bf16, this is float32 on cuda" in why
+    assert select_attention("sdpa", CUDA, torch.bfloat16) == (sdpa_per_document, "attention: sdpa, as configured")
+    assert select_attention("varlen", CUDA, torch.bfloat16)[0] is varlen_attention
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "message"),
+    [
+        ("flex", CUDA, torch.bfloat16, r"attention='flex' is no kernel; choose auto or one of varlen, flash, sdpa"),
+        ("varlen", CPU, torch.bfloat16, r"attention='varlen' runs in bf16 on CUDA, not bfloat16 on cpu; .*auto or sdpa"),
+        ("flash", CUDA, torch.float32, r"attention='flash' runs in bf16 on CUDA, not float32 on cuda"),
+        ("flash", CUDA, torch.bfloat16, r"attention='flash' needs the flash-attn package: pip install 'hbp-tune\[flash\]'"),
+    ],
+)
+def test_kernels_that_cannot_run_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, device: torch.device, dtype: torch.dtype, message: str
+) -> None:
+    monkeypatch.setattr(attention, "has_flash_attention", lambda: False)
+    with pytest.raises(ConfigError, match=message):
+        select_attention(name, device, dtype)
+
+
+def test_an_old_torch_needs_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "has_varlen_attention", lambda: False)
+    monkeypatch.setattr(attention, "has_flash_attention", lambda: False)
+    with pytest.raises(ConfigError, match=r"needs torch 2.10 or newer \(this is .*\) or the flash-attn package: pip install"):
+        select_attention("auto", CUDA, torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"attention='varlen' needs torch 2.10 or newer"):
+        select_attention("varlen", CUDA, torch.bfloat16)
+    monkeypatch.setattr(attention, "has_flash_attention", lambda: True)
+    monkeypatch.setattr(attention.importlib.metadata, "version", lambda name: "2.8.0")
+    kernel, why = select_attention("auto", CUDA, torch.bfloat16)
+    assert kernel is flash_attention
+    assert "flash-attn 2.8.0 (torch" in why
+
+
+def test_the_flash_attn_package_is_called_with_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package needs a GPU; a stand-in with its signature shows that our arguments mean what ours do."""
+    module = ModuleType("flash_attn")
+    module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+
+    def flash_attn_varlen_func(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, dropout_p: float = 0.0,
+        softmax_scale: float | None = None, causal: bool = False,
+    ) -> Tensor:  # fmt: skip
+        assert causal
+        assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+        spans = Spans(
+            cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, query_lens=tuple(cu_q.diff().tolist()), key_lens=tuple(cu_k.diff().tolist())
+        )
+        return sdpa_per_document(q, k, v, spans)
+
+    module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    inputs = qkv(16, 4, 2)
+    rows, _ = rank_view((11, 5), 16, CpDegrees(gather=2), 1)
+    torch.testing.assert_close(attend_part(flash_attention, inputs, (11, 5), 2, 1), dense(*inputs, (11, 5))[rows])
+    assert attention.has_flash_attention()
+
+
+def gpu_kernels() -> list[Attention]:
+    return [varlen_attention, *([flash_attention] if attention.has_flash_attention() else [])]
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_gpu
+@pytest.mark.parametrize("kernel", gpu_kernels())
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_varlen_kernel_equals_the_reference_in_bf16(kv_heads: int) -> None:
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_kernels_equal_the_reference_in_bf16(kernel: Attention, kv_heads: int, num_parts: int) -> None:
     doc_lens = (100, 1, 155, 256)
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(512, h, 64, generator=generator).cuda().requires_grad_() for h in (4, kv_heads, kv_heads)]
+    inputs = [x.detach().float().cuda().requires_grad_() for x in qkv(512, 4, kv_heads, head_dim=64)]
     halves = [x.detach().bfloat16().requires_grad_() for x in inputs]
-    cu_seqlens = cumulative(doc_lens).cuda()
-    want = sdpa_per_document(*inputs, cu_seqlens, doc_lens)
-    got = varlen_flash(*halves, cu_seqlens, doc_lens)
-    torch.testing.assert_close(got.float(), want, atol=2e-2, rtol=2e-2)
-    for left, right in zip(torch.autograd.grad(got.sum(), halves), torch.autograd.grad(want.sum(), inputs), strict=True):
-        assert (left.float() - right).norm() <= 2e-2 * right.norm()
+    for index in range(num_parts):
+        want = attend_part(sdpa_per_document, inputs, doc_lens, num_parts, index)
+        got = attend_part(kernel, halves, doc_lens, num_parts, index)
+        torch.testing.assert_close(got.float(), want, atol=2e-2, rtol=2e-2)
+        for left, right in zip(torch.autograd.grad(got.sum(), halves), torch.autograd.grad(want.sum(), inputs), strict=True):
+            assert (left.float() - right).norm() <= 2e-2 * right.norm()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kernel", gpu_kernels())
+def test_kernels_do_not_leak_between_documents(kernel: Attention) -> None:
+    inputs = [x.detach().bfloat16().cuda().requires_grad_() for x in qkv(12, 4, 2, head_dim=64)]
+    spans = spans_of((4, 5, 3)).map(lambda x: x.cuda())
+    assert_no_leak(lambda q, k, v: kernel(q, k, v, spans), inputs)

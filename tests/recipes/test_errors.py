@@ -65,11 +65,20 @@ def test_recipe_says_what_is_wrong(
         ranks(2).run(run_recipe_job, cfg)
 
 
-def test_heads_that_cp_cannot_split(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
-    cfg = recipe_config(tmp_path, [10, 100], [{"name": "all", "pack_len": 512, "cp_degree": 4}])
-    cfg.model |= {"num_heads": 2, "num_kv_heads": 2}
-    with pytest.raises(RankError, match=r"cp_degree=4 does not divide the model's 2 query heads.*degrees that work: 1, 2"):
+def test_a_scheme_that_cannot_serve_a_group(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    scheme = {"_component_": "hbp_tune.components.UlyssesAllGather", "ulysses_degree": 3}
+    cfg = recipe_config(tmp_path, [10, 100], [{"name": "all", "pack_len": 512, "cp_degree": 4}], context_parallel=scheme)
+    with pytest.raises(RankError, match=r"cp_degree=4 is no multiple of ulysses_degree=3"):
         ranks(4).run(run_recipe_job, cfg)
+    cfg.context_parallel = "ring"
+    with pytest.raises(RankError, match=r"context_parallel='ring' is no scheme; choose one of auto, ulysses, all_gather"):
+        ranks(4).run(run_recipe_job, cfg)
+
+
+def test_a_kernel_that_cannot_run_here(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    cfg = recipe_config(tmp_path, [10, 100], [SHORT, LONG], attention="varlen")
+    with pytest.raises(RankError, match=r"attention='varlen' runs in bf16 on CUDA, not float32 on cpu"):
+        ranks(2).run(run_recipe_job, cfg)
 
 
 def test_dropped_and_truncated_samples_are_listed(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:

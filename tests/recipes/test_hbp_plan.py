@@ -225,7 +225,7 @@ ERRORS: list[tuple[str, dict[str, Any], type[HbpError], str]] = [
     ("order", {"groups": [LONG, SHORT]}, ConfigError, r"group 'short' has pack_len=128, not more than 512 .* from short to long"),
     ("equal", {"groups": [SHORT, {**SHORT, "name": "b"}]}, ConfigError, r"group 'b' has pack_len=128, not more than 128"),
     ("ac_layers", {"groups": [{**SHORT, "ac_layers": 4}]}, ConfigError, r"ac_layers=4 is more than the model's 3 layers"),
-    ("heads", {"groups": [{**SHORT, "cp_degree": 8}]}, ConfigError, r"cp_degree=8 does not divide the model's 4 query heads"),
+    ("scheme", {"context_parallel": "ring"}, ConfigError, r"context_parallel='ring' is no scheme; choose one of auto, ulysses"),
     ("overlong", {"groups": [SHORT]}, PackingError, r"group 'short' holds 128.*planner.overlong=drop"),
     ("positions", {"model.max_seq_len": 500}, ConfigError, r"has 512 tokens, the model encodes 500 positions"),
     ("stock key", {"batch_size": 2}, ConfigError, r"batch_size=2 .* has no place here"),

@@ -43,6 +43,8 @@ _OURS = frozenset(
         "planner",
         "curriculum",
         "context_parallel",
+        "attention",
+        "process_group_timeout_s",
         "loss_head",
         "compute_dtype",
         "max_steps",
@@ -65,6 +67,7 @@ _COUNTS = (
     "log_every_n_steps",
     "num_samples",
     "world_size",
+    "process_group_timeout_s",
 )
 # Keys of the stock recipe whose default (no effect) is fine, and what to use in place of anything else.
 _REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {

@@ -3,13 +3,64 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hbp_tune.components.planning.records import PackingGroup
+from hbp_tune.components.planning.sharding import CpDegrees, PackPart
 
 # Label of tokens that do not count toward the loss: torch's default for cross_entropy, and torchtune's.
 IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Spans:
+    """Which keys each query attends to: runs of queries, each causal over its own keys, aligned at the bottom right.
+
+    Args:
+        cu_seqlens_q: ``int32[runs + 1]``, where each run's queries start.
+        cu_seqlens_k: ``int32[runs + 1]``, where each run's keys start; the same tensor where queries are the keys.
+        query_lens: the runs' queries, on the host, so that no kernel waits for the device.
+        key_lens: the runs' keys, on the host.
+        key_rows: ``int64[keys]``, where all-gathered keys lie, see `PackPart`; None where a rank's own rows are the keys.
+        gathered_len: rows whose keys and values each gather rank gives to the others.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    query_lens: tuple[int, ...]
+    key_lens: tuple[int, ...]
+    key_rows: Tensor | None = None
+    gathered_len: int = 0
+
+    @classmethod
+    def of_part(cls, part: PackPart) -> "Spans":
+        """Make the spans of one part of a pack."""
+        cu_seqlens_q = _cumulative(part.query_lens)
+        return cls(
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_q if part.key_rows is None else _cumulative(part.key_lens),
+            query_lens=tuple(part.query_lens.tolist()),
+            key_lens=tuple(part.key_lens.tolist()),
+            key_rows=None if part.key_rows is None else torch.from_numpy(part.key_rows),
+            gathered_len=part.gathered_len,
+        )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Spans":
+        """Change every tensor."""
+        cu_seqlens_q = change(self.cu_seqlens_q)
+        return replace(
+            self,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_q if self.cu_seqlens_k is self.cu_seqlens_q else change(self.cu_seqlens_k),
+            key_rows=None if self.key_rows is None else change(self.key_rows),
+        )
+
+
+def _cumulative(lens: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(np.concatenate(([0], np.cumsum(lens))).astype(np.int32))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -21,8 +72,8 @@ class PackBatch:
         labels: ``int64[1, local_len]``, the next token inside each document; -100 where it does not count.
         input_pos: ``int64[1, local_len]``, positions that restart at 0 in each document.
         loss_weights: ``float32[1, local_len]``, what each label weighs in the loss of the step; 0 where it does not count.
-        cu_seqlens: ``int32[num_docs + 1]`` over the *whole* pack, padding being one more document.
-        doc_lens: the same documents' lengths, on the host.
+        spans: what the rank attends to, of its whole part of the pack (of the whole pack where keys are not gathered).
+        degrees: how the group's ranks divide attention over this pack.
         num_tokens: real tokens of the whole pack.
         step: optimizer step within the epoch.
         is_last_micro_step: the optimizer steps after this batch.
@@ -32,8 +83,8 @@ class PackBatch:
     labels: Tensor
     input_pos: Tensor
     loss_weights: Tensor
-    cu_seqlens: Tensor
-    doc_lens: tuple[int, ...]
+    spans: Spans
+    degrees: CpDegrees
     group: PackingGroup
     num_tokens: int
     step: int
@@ -54,5 +105,5 @@ class PackBatch:
             labels=change(self.labels),
             input_pos=change(self.input_pos),
             loss_weights=change(self.loss_weights),
-            cu_seqlens=change(self.cu_seqlens),
+            spans=self.spans.map(change),
         )

@@ -1,15 +1,25 @@
 """The hierarchical packed data set: planned packs to tensors, for one rank."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from hbp_tune.components.data.batch import IGNORE_INDEX, PackBatch
+from hbp_tune.components.data.batch import IGNORE_INDEX, PackBatch, Spans
 from hbp_tune.components.data.store import TokenStore
 from hbp_tune.components.planning.records import EpochPlan
-from hbp_tune.components.planning.sharding import local_rows, padded_len
+from hbp_tune.components.planning.sharding import CpDegrees, local_rows, padded_len, share_out
+
+# How a pack's ranks divide attention, from (cp_degree, doc_lens, padded); every rank of the pack decides the same.
+Layout = Callable[[int, Sequence[int], int], CpDegrees]
+
+
+def by_heads(cp_degree: int, doc_lens: Sequence[int], padded: int) -> CpDegrees:
+    """Divide attention by heads alone (Ulysses)."""
+    return CpDegrees(ulysses=cp_degree)
 
 
 class HierarchicalPackedDataset(Dataset[PackBatch]):
@@ -21,13 +31,22 @@ class HierarchicalPackedDataset(Dataset[PackBatch]):
         document_weights: ``float64[placed]``, loss weight of each target of a placed sample, aligned with
             ``plan.sample_ids``.
         rank: whose rows to build.
+        layout: how the ranks of a pack divide attention, which decides the rows that each holds.
     """
 
-    def __init__(self, store: TokenStore, plan: EpochPlan, document_weights: NDArray[np.float64], rank: int) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        plan: EpochPlan,
+        document_weights: NDArray[np.float64],
+        rank: int,
+        layout: Layout = by_heads,
+    ) -> None:
         self._store = store
         self._plan = plan
         self._document_weights = document_weights
         self._rank = rank
+        self._layout = layout
 
     def __len__(self) -> int:
         return self._plan.num_packs
@@ -39,9 +58,7 @@ class HierarchicalPackedDataset(Dataset[PackBatch]):
         num_tokens = len(tokens)
         slots = padded_len(num_tokens, pack.group.cp_degree, pack.group.pack_len)
         doc_lens = [int(length) for length in pack.lengths]
-        if slots > num_tokens:
-            doc_lens.append(slots - num_tokens)  # padding is one more document
-        ends = np.cumsum(doc_lens)
+        ends = np.cumsum(doc_lens, dtype=np.int64)
 
         padded = np.zeros(slots, dtype=np.int64)
         padded[:num_tokens] = tokens
@@ -52,16 +69,20 @@ class HierarchicalPackedDataset(Dataset[PackBatch]):
         weights = np.zeros(slots, dtype=np.float32)
         weights[:num_tokens] = np.repeat(self._document_weights[span], pack.lengths)
         weights[labels == IGNORE_INDEX] = 0.0
-        positions = np.arange(slots) - np.repeat(ends - doc_lens, doc_lens)
+        positions = np.zeros(slots, dtype=np.int64)
+        positions[:num_tokens] = np.arange(num_tokens) - np.repeat(ends - doc_lens, doc_lens)
 
-        rows = local_rows(slots, pack.cp_rank, pack.group.cp_degree)
+        degrees = self._layout(pack.group.cp_degree, doc_lens, slots)
+        gather_rank, ulysses_rank = divmod(pack.cp_rank, degrees.ulysses)
+        part = share_out(doc_lens, slots, degrees.gather)[gather_rank]
+        rows = local_rows(part, ulysses_rank, degrees.ulysses)
         return PackBatch(
             tokens=torch.from_numpy(padded[rows])[None],
             labels=torch.from_numpy(labels[rows])[None],
             input_pos=torch.from_numpy(positions[rows])[None],
             loss_weights=torch.from_numpy(weights[rows])[None],
-            cu_seqlens=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
-            doc_lens=tuple(doc_lens),
+            spans=Spans.of_part(part),
+            degrees=degrees,
             group=pack.group,
             num_tokens=num_tokens,
             step=pack.step,

@@ -1,64 +1,143 @@
-"""Causal attention over the documents of a pack, one kernel per device behind one signature."""
+"""Causal attention over the documents of a pack: kernels behind one signature, and which one to take."""
 
+import importlib.metadata
+import importlib.util
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hbp_tune.components.data.batch import Spans
+from hbp_tune.components.planning.errors import ConfigError
+
+# Rows of a dense mask that SDPA needs at a time where a run has more keys than queries.
+_MASKED_QUERIES = 1024
+
 
 class Attention(Protocol):
-    """Causal attention that stays inside each document."""
+    """Causal attention that stays inside each run of queries and its keys."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, doc_lens: Sequence[int]) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
         """Attend.
 
         Args:
-            q: ``[tokens, heads, head_dim]``.
-            k: ``[tokens, kv_heads, head_dim]``; ``kv_heads`` divides ``heads``.
+            q: ``[queries, heads, head_dim]``.
+            k: ``[keys, kv_heads, head_dim]``; ``kv_heads`` divides ``heads``.
             v: as ``k``.
-            cu_seqlens: ``int32[num_docs + 1]`` on the device, from 0 to ``tokens``.
-            doc_lens: the documents' lengths on the host, so that no kernel waits for the device.
+            spans: the runs; a run's last query sees all of its keys.
 
         Returns:
-            ``[tokens, heads, head_dim]``.
+            ``[queries, heads, head_dim]``.
         """
         ...
 
 
-def sdpa_per_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, doc_lens: Sequence[int]) -> Tensor:
-    """Attend document by document: linear memory, any device and dtype; the path on CPU.
+def sdpa_per_document(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
+    """Attend run by run with torch's SDPA: linear memory, any device and dtype; the path on CPU.
 
     On CPU 6.5 times faster, forward and backward, than a dense mask over 10 documents in 2048 tokens.
     """
-    lens = list(doc_lens)
-    outputs = [
-        F.scaled_dot_product_attention(
-            q_doc.transpose(0, 1)[None], k_doc.transpose(0, 1)[None], v_doc.transpose(0, 1)[None], is_causal=True, enable_gqa=True
-        )[0].transpose(0, 1)
-        for q_doc, k_doc, v_doc in zip(q.split(lens), k.split(lens), v.split(lens), strict=True)
-    ]
-    return torch.cat(outputs)
+    runs = zip(q.split(spans.query_lens), k.split(spans.key_lens), v.split(spans.key_lens), strict=True)
+    return torch.cat([output for q_run, k_run, v_run in runs for output in _attend_run(q_run, k_run, v_run)])
 
 
-def varlen_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, doc_lens: Sequence[int]) -> Tensor:
-    """Attend over all documents in one call of torch's variable-length flash kernel (CUDA, bf16 or fp16)."""
+def _attend_run(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    num_keys = len(k)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    if q.shape[2] == num_keys:
+        return [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)]
+    # SDPA aligns causality at the top left, so a run that ends a longer document needs a mask of its own.
+    outputs, seen = [], num_keys - q.shape[2]
+    for rows in q.split(_MASKED_QUERIES, dim=2):
+        seen += rows.shape[2]
+        mask = torch.ones(rows.shape[2], seen, dtype=torch.bool, device=q.device).tril(seen - rows.shape[2])
+        out = F.scaled_dot_product_attention(rows, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))
+    return outputs
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
+    """Attend over all runs in one call of torch's variable-length flash attention (CUDA, bf16 or fp16)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal, aligned at the bottom right
+    if _takes_gqa(varlen_attn):
         options["enable_gqa"] = True
     elif k.shape[1] != q.shape[1]:  # torch 2.11 has no such argument
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    longest = max(doc_lens)
-    return cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options))
+    lens = max(spans.query_lens), max(spans.key_lens)
+    return cast(Tensor, varlen_attn(q, k, v, spans.cu_seqlens_q, spans.cu_seqlens_k, *lens, **options))
 
 
-def select_attention(device: torch.device, compute_dtype: torch.dtype) -> Attention:
-    """Choose the kernel: torch's varlen flash attention on CUDA in half precision, one SDPA per document elsewhere."""
-    if device.type == "cuda" and compute_dtype in (torch.bfloat16, torch.float16):
-        return varlen_flash
-    return sdpa_per_document
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
+    """Attend over all runs in one call of the flash-attn package (CUDA, bf16 or fp16)."""
+    from flash_attn import flash_attn_varlen_func
+
+    lens = max(spans.query_lens), max(spans.key_lens)
+    return cast(Tensor, flash_attn_varlen_func(q, k, v, spans.cu_seqlens_q, spans.cu_seqlens_k, *lens, causal=True))
+
+
+@cache
+def _takes_gqa(function: Callable[..., Any]) -> bool:
+    return "enable_gqa" in inspect.signature(function).parameters
+
+
+def has_varlen_attention() -> bool:
+    """Tell whether this torch has the variable-length kernel, which came with 2.10."""
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+def has_flash_attention() -> bool:
+    """Tell whether the flash-attn package is installed."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+_KERNELS: dict[str, Attention] = {"varlen": varlen_attention, "flash": flash_attention, "sdpa": sdpa_per_document}
+
+
+def select_attention(name: str, device: torch.device, compute_dtype: torch.dtype) -> tuple[Attention, str]:
+    """Choose the attention kernel.
+
+    Args:
+        name: ``auto``, ``varlen`` (torch), ``flash`` (the flash-attn package) or ``sdpa`` (one SDPA per document).
+        device: that the model runs on.
+        compute_dtype: of queries, keys and values.
+
+    Returns:
+        The kernel, and a line that says which one it is and why.
+
+    Raises:
+        ConfigError: there is no such kernel, or it cannot run here.
+    """
+    if name not in ("auto", *_KERNELS):
+        raise ConfigError(f"attention={name!r} is no kernel; choose auto or one of {', '.join(_KERNELS)}")
+    half = compute_dtype in (torch.bfloat16, torch.float16)
+    here = f"{str(compute_dtype).removeprefix('torch.')} on {device.type}"
+    if name in ("varlen", "flash") and not (device.type == "cuda" and half):
+        raise ConfigError(f"attention={name!r} runs in bf16 on CUDA, not {here}; set attention to auto or sdpa")
+    if name == "flash" and not has_flash_attention():
+        raise ConfigError(
+            "attention='flash' needs the flash-attn package: pip install 'hbp-tune[flash]', or set attention to auto"
+        )
+    if name == "varlen" and not has_varlen_attention():
+        raise ConfigError(f"attention='varlen' needs torch 2.10 or newer, this is {torch.__version__}; set attention to flash")
+    if name != "auto":
+        return _KERNELS[name], f"attention: {name}, as configured"
+    if device.type != "cuda":
+        return sdpa_per_document, f"attention: sdpa, one call a document ({here} has no variable-length kernel)"
+    if not half:
+        return sdpa_per_document, f"attention: sdpa, one call a document (variable-length kernels want bf16, this is {here})"
+    if has_varlen_attention():
+        return varlen_attention, f"attention: varlen, torch {torch.__version__}'s own flash kernel ({here})"
+    if has_flash_attention():
+        version = importlib.metadata.version("flash_attn")
+        return flash_attention, f"attention: flash, flash-attn {version} (torch {torch.__version__} has no varlen kernel)"
+    raise ConfigError(
+        f"attention in {here} needs torch 2.10 or newer (this is {torch.__version__}) or the flash-attn package: "
+        f"pip install 'hbp-tune[flash]'"
+    )

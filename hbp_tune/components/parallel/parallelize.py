@@ -11,7 +11,7 @@ from hbp_tune.components.data.batch import PackBatch
 from hbp_tune.components.parallel.activation_checkpoint import set_ac_layers
 from hbp_tune.components.parallel.attention import Attention
 from hbp_tune.components.parallel.context_parallel import ContextParallel
-from hbp_tune.components.parallel.mesh import CpMeshes
+from hbp_tune.components.parallel.mesh import CpMesh, CpMeshes
 
 
 class PackContext:
@@ -21,22 +21,18 @@ class PackContext:
     Recomputation in the backward sees the context of its own forward, so no state is global.
     """
 
-    def __init__(
-        self, batch: PackBatch, *, mesh: DeviceMesh | None, attention: Attention, context_parallel: ContextParallel
-    ) -> None:
-        self.cu_seqlens = batch.cu_seqlens
-        self.doc_lens = batch.doc_lens
-        self.mesh = mesh
-        self.attention = attention
-        self.context_parallel = context_parallel
+    def __init__(self, batch: PackBatch, *, mesh: CpMesh, attention: Attention, context_parallel: ContextParallel) -> None:
+        self._spans = batch.spans
+        self._is_shared = batch.degrees.cp_degree > 1
+        self._mesh = mesh
+        self._attention = attention
+        self._context_parallel = context_parallel
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend inside documents; all arguments and the result are this rank's rows, ``[local_len, heads, head_dim]``."""
-        if self.mesh is None:
-            return self.attention(q, k, v, self.cu_seqlens, self.doc_lens)
-        return self.context_parallel(
-            q, k, v, mesh=self.mesh, attention=self.attention, cu_seqlens=self.cu_seqlens, doc_lens=self.doc_lens
-        )
+        if not self._is_shared:
+            return self._attention(q, k, v, self._spans)
+        return self._context_parallel(q, k, v, mesh=self._mesh, attention=self._attention, spans=self._spans)
 
 
 class GroupSwitch:
@@ -44,7 +40,7 @@ class GroupSwitch:
 
     Args:
         layers: the decoder's layers, after `make_checkpointable`.
-        meshes: by CP degree, from `build_cp_meshes`.
+        meshes: by layout, from `build_cp_meshes`.
         attention: the kernel.
         context_parallel: the scheme for groups with a CP degree over 1.
     """
@@ -62,7 +58,7 @@ class GroupSwitch:
         set_ac_layers(self._layers, batch.group.ac_layers)
         return PackContext(
             batch,
-            mesh=self._meshes[batch.group.cp_degree],
+            mesh=self._meshes[batch.degrees],
             attention=self._attention,
             context_parallel=self._context_parallel,
         )

@@ -1,0 +1,45 @@
+"""Packs of random tensors, the plain attention they are compared with, and the batches that ranks hold of them."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hbp_tune.components import CpDegrees
+from hbp_tune.components.data.batch import Spans
+from hbp_tune.components.planning.sharding import local_rows, share_out
+
+
+def spans_of(doc_lens: Sequence[int]) -> Spans:
+    """Spans of a pack that one rank holds whole."""
+    return Spans.of_part(share_out(doc_lens, sum(doc_lens), 1)[0])
+
+
+def rank_view(doc_lens: Sequence[int], padded: int, degrees: CpDegrees, cp_rank: int) -> tuple[Tensor, Spans]:
+    """The rows of a pack that a rank of the CP group holds, and what it attends to."""
+    gather_rank, ulysses_rank = divmod(cp_rank, degrees.ulysses)
+    part = share_out(doc_lens, padded, degrees.gather)[gather_rank]
+    return torch.from_numpy(local_rows(part, ulysses_rank, degrees.ulysses)), Spans.of_part(part)
+
+
+def qkv(
+    num_tokens: int, heads: int, kv_heads: int, *, head_dim: int = 8, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(num_tokens, h, head_dim) for h in (heads, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def block_causal(doc_lens: Sequence[int]) -> Tensor:
+    """Who may see whom, ``bool[tokens, tokens]``: the own document up to oneself."""
+    doc_ids = torch.repeat_interleave(torch.arange(len(doc_lens)), torch.tensor(doc_lens))
+    return (doc_ids[:, None] == doc_ids[None]) & torch.ones(len(doc_ids), len(doc_ids), dtype=torch.bool).tril()
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, doc_lens: Sequence[int]) -> Tensor:
+    """Plain attention under one dense mask."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    out = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=block_causal(doc_lens))
+    return out.transpose(0, 1)
