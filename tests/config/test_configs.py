@@ -35,7 +35,7 @@ def launch_world_size(name: str) -> int:
 
 
 def test_what_is_shipped() -> None:
-    assert NAMES == ["demo/tiny_llama_cpu", "llama3_1/8B_hbp_full", "qwen2_5/7B_hbp_full"]
+    assert NAMES == ["demo/tiny_llama_cpu", "llama3_1/8B_hbp_full", "qwen2_5/7B_hbp_full", "qwen2_5/7B_instruct_128K_hbp_full"]
 
 
 @pytest.mark.parametrize("name", NAMES)
