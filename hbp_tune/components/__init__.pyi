@@ -21,6 +21,7 @@ from hbp_tune.components.models.torchtune_decoder import DecoderParts as Decoder
 from hbp_tune.components.models.torchtune_decoder import adapt_decoder as adapt_decoder
 from hbp_tune.components.models.torchtune_decoder import model_shape as model_shape
 from hbp_tune.components.models.torchtune_decoder import separate_units as separate_units
+from hbp_tune.components.parallel.activation_checkpoint import check_offload as check_offload
 from hbp_tune.components.parallel.activation_checkpoint import make_checkpointable as make_checkpointable
 from hbp_tune.components.parallel.agree import from_rank_zero as from_rank_zero
 from hbp_tune.components.parallel.attention import sdpa_per_document as sdpa_per_document

@@ -50,6 +50,7 @@ from hbp_tune.components import (
     check_ac_layers,
     check_config,
     check_groups,
+    check_offload,
     check_plan_hash,
     check_positions,
     check_saved_plan,
@@ -124,6 +125,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
         self._groups = tuple(build("groups", group) for group in cfg.groups)
         check_groups(self._groups, self.world_size)
+        check_offload(self._groups, self._device.type)
         self._planner = build("planner", cfg.planner) if cfg.get("planner") else BalancePlanner()
         self._curriculum = build("curriculum", cfg.curriculum) if cfg.get("curriculum") else None
         scheme = cfg.get("context_parallel") or "auto"

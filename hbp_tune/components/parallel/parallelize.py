@@ -54,8 +54,8 @@ class GroupSwitch:
         self._context_parallel = context_parallel
 
     def activate(self, batch: PackBatch) -> PackContext:
-        """Set the recomputed layers for the batch's group and give the context that its forward takes as ``mask``."""
-        set_ac_layers(self._layers, batch.group.ac_layers)
+        """Set the recomputation for the batch's group and give the context that its forward takes as ``mask``."""
+        set_ac_layers(self._layers, batch.group.ac_layers, batch.group.ac_mode)
         return PackContext(
             batch,
             mesh=self._meshes[batch.degrees],
