@@ -1,5 +1,7 @@
 """The memory model against torchtune's decoder itself: what autograd saves, and the peak that torch's tracker sees."""
 
+import gc
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -130,6 +132,29 @@ def test_saved_activations_of_a_shared_layer(ranks: Callable[[int], RankPool], l
 def test_a_recomputed_layer_saves_its_input() -> None:
     group = replace(GROUP, ac_layers=2)
     assert saved_bytes(SHAPE, group, flash, ONE) == layer_activations(SHAPE, group).recomputed
+
+
+def live_tensors() -> dict[int, int]:
+    """Bytes of all floating tensors that live, by their memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some objects warn when they are looked at
+        tensors = [x for x in gc.get_objects() if type(x) is Tensor and x.is_floating_point()]
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_a_recomputed_layer_keeps_what_its_mode_says(mode: str) -> None:
+    shape = replace(SHAPE, num_kv_heads=8)
+    group = replace(GROUP, ac_layers=2, ac_mode=mode)
+    layers = adapt_decoder(build(shape)).layers
+    make_checkpointable(layers)
+    context = activate(layers, group, sdpa, ONE)
+    positions = torch.arange(NUM_TOKENS)[None]
+    before = live_tensors()
+    hidden = torch.randn(1, NUM_TOKENS, shape.embed_dim, dtype=torch.bfloat16, requires_grad=True)
+    out = layers[0](hidden, mask=context, input_pos=positions)
+    kept = sum(size for memory, size in live_tensors().items() if memory not in before) - out.nbytes
+    assert kept == NUM_TOKENS * layer_activations(shape, group).recomputed
 
 
 @pytest.fixture

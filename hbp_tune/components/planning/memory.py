@@ -1,7 +1,7 @@
 """What a training step holds on one GPU: modelled bytes, part by part, from the model's shape and the group's settings.
 
-Counted, not fitted: what autograd saves in torchtune's layer run op by op, what FSDP2 gathers, and what is alive at the
-moments when most of it is. Only the reserve for what no tensor accounts for is an allowance.
+Counted, not fitted: what autograd saves in torchtune's layer run op by op (compiled layers save less), what FSDP2 gathers,
+and what is alive at the moments when most of it is. Only the reserve for what no tensor accounts for is an allowance.
 """
 
 from collections.abc import Iterator
@@ -139,7 +139,11 @@ def layer_activations(shape: DecoderShape, group: PackingGroup, layout: CpDegree
     norm = _norm_bytes(shape) + residual  # and its output
     rope = 2 * _FP32 * shape.head_dim  # sines and cosines that queries and keys are multiplied by
     # What selective recomputation keeps besides the input: what the kernel gave, and what communication gave.
-    kept = out + returned + (qkv if group.cp_degree > 1 else 0)
+    kept = out + returned
+    if layout.ulysses > 1:
+        kept += _BF16 * shape.head_dim * (sent.query + 2 * sent.kv)
+    if layout.gather > 1:
+        kept += _BF16 * shape.head_dim * 2 * sent.kv * layout.gather
     exchange = 2 * qkv if group.cp_degree > 1 else 0  # gradients as the kernel writes them, and as they are sent
     return LayerActivations(
         attention=norm + rope + qkv + out + returned,
@@ -241,7 +245,8 @@ class MemoryModel:
         yield Moment("final norm", whole | norm | {"communication": self._reduced(shape.num_layers) + _BF16 * shape.layer_params})
         for index in range(shape.num_layers):
             common = always | kept(index) | self._gradients(index + 1) | self._gathered(index)
-            own = layer.recomputed if index < group.ac_layers else 0
+            # An input that was offloaded is back.
+            own = max(layer.recomputed, _BF16 * shape.embed_dim) if index < group.ac_layers else 0
             mlp = {"working_set": (own + layer.attention + layer.mlp + layer.mlp_work) * local_len}
             yield Moment(f"feed-forward of layer {index}", common | mlp)
             attention = (own + layer.attention + layer.attention_work - layer.exchange) * local_len
