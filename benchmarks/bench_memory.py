@@ -1,0 +1,241 @@
+"""Modelled memory of training steps of Llama 3.1 8B, as markdown; on a CUDA machine also measured peaks beside the model.
+
+    python benchmarks/bench_memory.py > benchmarks/results/memory_model_202611.md
+    python benchmarks/bench_memory.py --budget-gib 79.1 --world-size 8
+
+The measurement (one GPU) takes as many layers as fit with their optimizer, and packs of one document.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from measuring import device, join_world, machine, pack_batch, random_decoder
+
+from hbp_tune.components import (
+    GroupSwitch,
+    PackingGroup,
+    Ulysses,
+    adapt_decoder,
+    apply_fsdp,
+    build_cp_meshes,
+    build_fsdp_mesh,
+    make_checkpointable,
+    select_attention,
+    separate_units,
+)
+from hbp_tune.components.planning.memory import (
+    BF16_ADAMW,
+    BF16_ADAMW_8BIT,
+    FP32_ADAMW,
+    GIB,
+    LLAMA3_1_8B_DECODER,
+    RESERVE_BYTES,
+    DecoderShape,
+    MemoryModel,
+    StateBytes,
+    layer_activations,
+)
+
+K = 1024
+MODES = ("full", "selective", "offload")
+PACK_LENS = (16 * K, 32 * K, 64 * K, 128 * K, 256 * K, 512 * K, 1024 * K)
+CP_DEGREES = (1, 2, 4, 8, 16)
+NUM_LAYERS = LLAMA3_1_8B_DECODER.num_layers
+# A card of 141 GB holds 131.3 GiB.
+H200_GIB = 141e9 / GIB
+# HBP paper, 32 H100 80G: pack_len, cp_degree, recomputed layers, memory in GB; where these do not fit, no memory.
+PAPER = (
+    (16 * K, 1, 28, None),
+    (32 * K, 2, 28, 77),
+    (32 * K, 4, 23, 78),
+    (32 * K, 8, 8, 78),
+    (64 * K, 2, 32, "OOM"),
+    (64 * K, 4, 28, 78),
+    (64 * K, 8, 24, 79),
+    (128 * K, 4, 32, "OOM"),
+    (128 * K, 8, 29, 78),
+    (128 * K, 16, 23, 79),
+)
+
+
+def group_of(pack_len: int, cp_degree: int = 1, ac_layers: int = 0, ac_mode: str = "full") -> PackingGroup:
+    return PackingGroup(name="pack", pack_len=pack_len, cp_degree=cp_degree, ac_layers=ac_layers, ac_mode=ac_mode)
+
+
+def table(header: str, rows: Iterator[str]) -> None:
+    print(f"| {header} |")
+    print("|" + "---|" * (header.count("|") + 1))
+    for row in rows:
+        print(f"| {row} |")
+    print()
+
+
+def fewest(model: MemoryModel, budget_gib: float) -> Iterator[str]:
+    """Fewest recomputed layers by pack length and mode, and the peak with them."""
+    for pack_len in PACK_LENS:
+        for mode in MODES:
+            cells = []
+            for cp_degree in CP_DEGREES:
+                group = group_of(pack_len, cp_degree, ac_mode=mode)
+                if cp_degree > model.world_size:
+                    continue
+                ac_layers = model.fewest_ac_layers(group, budget_gib)
+                if ac_layers is None:
+                    last = replace(group, ac_layers=NUM_LAYERS - 1)
+                    cells.append(f"- ({model.peak(last).gib:.0f})")
+                else:
+                    cells.append(f"{ac_layers} ({model.peak(replace(group, ac_layers=ac_layers)).gib:.0f})")
+            yield " | ".join((f"{pack_len // K}K", mode, *cells))
+
+
+def beside_the_paper(model: MemoryModel, budget_gib: float) -> Iterator[str]:
+    for pack_len, cp_degree, ac_layers, memory in PAPER:
+        group = group_of(pack_len, cp_degree, ac_layers)
+        peak = model.peak(group).gib
+        chosen = model.fewest_ac_layers(group, budget_gib)
+        yield f"{pack_len // K}K | {cp_degree} | {ac_layers} | {memory or '-'} | {peak:.1f} | {chosen}"
+
+
+def one_gpu() -> Iterator[str]:
+    for pack_len in (128 * K, 256 * K):
+        for states, name in ((BF16_ADAMW, "bf16"), (BF16_ADAMW_8BIT, "8-bit")):
+            for mode in ("full", "offload"):
+                peak = MemoryModel(LLAMA3_1_8B_DECODER, world_size=1, states=states).peak(
+                    group_of(pack_len, ac_layers=NUM_LAYERS - 1, ac_mode=mode)
+                )
+                fits = "yes" if peak.gib <= H200_GIB else "no"
+                yield f"{pack_len // K}K | {name} | {mode}, {NUM_LAYERS - 1} layers | {peak.gib:.1f} | {fits}"
+
+
+def parts_of(model: MemoryModel, group: PackingGroup) -> Iterator[str]:
+    peak = model.peak(group)
+    for name, size in peak.parts.items():
+        yield f"{name.replace('_', ' ')} | {size / GIB:.2f}"
+    yield f"**{peak.name}** | **{peak.gib:.2f}**"
+
+
+def report(world_size: int, budget_gib: float) -> None:
+    print("# Memory of a training step of Llama 3.1 8B, modelled, not measured\n")
+    print("`python benchmarks/bench_memory.py`. Every figure follows from shapes by `components/planning/memory.py`; none was")
+    print("measured on a GPU, none was fitted to one. How well it counts what tensors hold is tested on CPU (bytes that autograd")
+    print(
+        "saves: exact; peak that torch's MemTracker sees under FSDP2: within 0.5%). Layers are not compiled; compiled ones save"
+    )
+    print(
+        f"less. What no tensor accounts for is an allowance of {RESERVE_BYTES / GIB:.0f} GiB. Every pack is one document. GiB are"
+    )
+    print(f"2^30 bytes: an 80 GB H100 has 79.6, an H200 {H200_GIB:.1f}.\n")
+    model = MemoryModel(LLAMA3_1_8B_DECODER, world_size=world_size)
+    print(f"## Fewest recomputed layers on {world_size} GPUs of {budget_gib} GiB\n")
+    print("bf16 weights and AdamW states, Ulysses, one micro-step a step. In brackets the peak in GiB; - does not fit with all")
+    print("layers recomputed. `offload` keeps the inputs of recomputed layers in host memory.\n")
+    table(
+        " | ".join(("pack", "ac_mode", *(f"cp {degree}" for degree in CP_DEGREES if degree <= world_size))),
+        fewest(model, budget_gib),
+    )
+    print("## Beside the HBP paper's table (32 H100 80G)\n")
+    table(
+        "pack | cp | paper: layers | paper: GB | modelled with these, GiB | modelled fewest layers",
+        beside_the_paper(model, budget_gib),
+    )
+    print(WHY_NOT_THE_PAPERS)
+    print("## Steps of several micro-steps\n")
+    print("FSDP2 keeps whole gradients on every rank between micro-steps. Peak of 16K packs, 28 layers recomputed:\n")
+    table("weights and states | one micro-step, GiB | several, GiB", accumulation(world_size))
+    print("## One H200 (141 GB)\n")
+    table("pack | optimizer | recomputed | modelled, GiB | fits", one_gpu())
+    print("## The parts, 128K over 8 ranks with 12 recomputed layers\n")
+    table("part | GiB", parts_of(model, group_of(128 * K, 8, 12)))
+    layer = layer_activations(LLAMA3_1_8B_DECODER, group_of(128 * K))
+    print(f"A layer saves {layer.attention + layer.mlp:,.0f} bytes a token, recomputing {layer.recomputed:,.0f}.\n")
+
+
+def accumulation(world_size: int) -> Iterator[str]:
+    group = group_of(16 * K, ac_layers=28)
+    settings: dict[str, StateBytes] = {"bf16": BF16_ADAMW, "fp32 weights, bf16 compute": FP32_ADAMW}
+    for name, states in settings.items():
+        peaks = [
+            MemoryModel(LLAMA3_1_8B_DECODER, world_size=world_size, states=states, accumulates=more).peak(group).gib
+            for more in (False, True)
+        ]
+        yield f"{name} | {peaks[0]:.1f} | {peaks[1]:.1f}"
+
+
+WHY_NOT_THE_PAPERS = """\
+With the paper's settings the model needs a third of the paper's memory, and it recomputes far fewer layers. The paper does
+not give its sharding, and its column is what an allocator held just under its limit. What its rows say of the slope: with
+what a layer saves here (0.80 GiB per 4K tokens more than its input), the three counts of layers at 4K, 8K and 16K tokens a
+rank fit together only if 3.2 to 3.5 GiB per 4K tokens come on top, about what whole logits in bf16 and fp32 take (2.9 GiB),
+and some 56 GiB do not depend on tokens at all: whole weights and gradients on every rank rather than shards, say. Or, if
+only shards are there, a layer would have to save three times as much as torchtune's. Neither could be checked; until a GPU
+run says otherwise, start from the modelled count and add a few layers.
+"""
+
+
+def measured_step(shape: DecoderShape, group: PackingGroup) -> float:
+    """Peak GiB that the allocator gave out in the second of two steps."""
+    on = device()
+    model = random_decoder(shape, on, group.pack_len)
+    layers = adapt_decoder(model).layers
+    make_checkpointable(layers)
+    units = (*layers, *separate_units(model, ["tok_embeddings", "output"]))
+    apply_fsdp(model, units, build_fsdp_mesh(on.type), compute_dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    attention, _ = select_attention("auto", on, torch.bfloat16)
+    switch = GroupSwitch(layers, build_cp_meshes([], on.type), attention, Ulysses())
+    batch = pack_batch([group.pack_len], group, shape.vocab_size).to(on)
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        context = switch.activate(batch)
+        arguments = {"input_pos": batch.input_pos, "labels": batch.labels, "loss_weights": batch.loss_weights}
+        model(batch.tokens, mask=context, **arguments).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.cuda.max_memory_allocated() / GIB
+
+
+def measurements() -> Iterator[str]:
+    total_gib = torch.cuda.get_device_properties(0).total_memory / GIB
+    for num_layers in (4, 8, 16, 32):
+        shape = replace(LLAMA3_1_8B_DECODER, num_layers=num_layers)
+        model = MemoryModel(shape, world_size=1)
+        for pack_len in (8 * K, 16 * K, 32 * K, 64 * K, 128 * K):
+            for mode, ac_layers in (
+                ("full", 0),
+                ("full", num_layers - 1),
+                ("selective", num_layers - 1),
+                ("offload", num_layers),
+            ):
+                group = group_of(pack_len, 1, ac_layers, mode)
+                peak = model.peak(group)
+                if peak.gib > 0.95 * total_gib:
+                    continue
+                modelled = peak.gib - RESERVE_BYTES / GIB  # the allocator does not know of it
+                case = f"{num_layers} | {pack_len // K}K | {group.describe_ac()} | {modelled:.2f}"
+                try:
+                    measured = measured_step(shape, group)
+                except torch.OutOfMemoryError:
+                    yield f"{case} | out of memory | -"
+                else:
+                    yield f"{case} | {measured:.2f} | {modelled / measured - 1:+.1%}"
+                torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world-size", type=int, default=32, help="GPUs that share weights and states")
+    parser.add_argument("--budget-gib", type=float, default=79.0, help="memory of one of them")
+    arguments = parser.parse_args()
+    report(arguments.world_size, arguments.budget_gib)
+    if torch.cuda.is_available():
+        join_world(device())
+        print(f"## Measured on one {machine()['device']}, the reserve left out\n")
+        table("layers | pack | recomputed | modelled, GiB | measured, GiB | error", measurements())
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
