@@ -59,8 +59,12 @@ def test_context_parallel_equals_the_same_plan_without_it(two_rank_run: Any, ran
     assert_same_training(steps, without)
 
 
-def test_four_ranks_with_repeated_kv_heads_equal_one_process(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
-    cfg = recipe_config(tmp_path, [*mixed_lengths(60, 1024, seed=2), *range(300, 500, 20)], FOUR_RANKS)
+@pytest.mark.parametrize("scheme", ["ulysses", "all_gather", "auto"])
+def test_four_ranks_with_repeated_kv_heads_equal_one_process(
+    ranks: Callable[[int], RankPool], tmp_path: Path, scheme: str
+) -> None:
+    lengths = [*mixed_lengths(60, 1024, seed=2), *range(300, 500, 20)]
+    cfg = recipe_config(tmp_path, lengths, FOUR_RANKS, context_parallel=scheme)
     steps = ranks(4).run(run_recipe_job, cfg)[0]
     assert {step["cp_degree"] for step in steps} == {1, 2, 4}
     plan, dataset = plan_of(cfg, world_size=4)
