@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow clean
+.PHONY: help quickstart test test-slow bench-multigpu clean
 
 help: ## Show the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "hbp-tune needs Python 3.11 or 3.12, none was found; set PYTHON=/path/to/python3.11"; exit 1; }
@@ -24,6 +24,9 @@ test: $(VENV)/.installed ## Lint, types, import contracts and all tests that are
 
 test-slow: $(VENV)/.installed ## All of `make test`, and the slow tests
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check --slow
+
+bench-multigpu: $(VENV)/.installed ## Time context parallelism and training steps on all GPUs of this machine, under 15 minutes
+	$(BIN)/torchrun --standalone --nproc_per_node auto benchmarks/bench_multigpu.py
 
 clean: ## Remove the environment, the demo and its runs
 	rm -rf $(VENV) hbp_demo hbp_runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -7,6 +7,7 @@ The measurement (one GPU) takes as many layers as fit with their optimizer, and 
 """
 
 import argparse
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -177,6 +178,8 @@ run says otherwise, start from the modelled count and add a few layers.
 
 def measured_step(shape: DecoderShape, group: PackingGroup) -> float:
     """Peak GiB that the allocator gave out in the second of two steps."""
+    gc.collect()  # what the case before has left: FSDP's modules refer to each other
+    torch.cuda.empty_cache()
     on = device()
     model = random_decoder(shape, on, group.pack_len)
     layers = adapt_decoder(model).layers
@@ -221,7 +224,6 @@ def measurements() -> Iterator[str]:
                     yield f"{case} | out of memory | -"
                 else:
                     yield f"{case} | {measured:.2f} | {modelled / measured - 1:+.1%}"
-                torch.cuda.empty_cache()
 
 
 def main() -> None:

@@ -1,0 +1,210 @@
+"""Training steps on mixed lengths beside torchtune's own packed training in the same run: one JSON line per case.
+
+    python benchmarks/bench_step.py                                             # CUDA: Llama 3.1 8B's layers; CPU: tiny
+    python benchmarks/bench_step.py --pack-len 32768 --lengths lengths.csv --column num_tokens --layers 16
+
+One process with one rank of FSDP2. Both sides train the same packs, with random weights of the same shape, the same
+AdamW, and as few recomputed layers as fit. torchtune's side is its stock decoder under its own packed mask (a flex attention
+block mask on CUDA, a dense mask on a CPU) and its chunked loss, layer recomputation by the layer rather than all or nothing,
+compiled and not. Cases take turns, each built anew every round; medians over rounds, warm-up steps left out.
+
+``mfu`` is the model's operations, nothing counted twice for being run again, over the vendor's bf16 peak; ``of_matmul`` over
+what a large matrix product reached in this run.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from measuring import (
+    default_shape,
+    device,
+    join_world,
+    machine,
+    matmul_flops_per_s,
+    mixed_doc_lens,
+    pack_batch,
+    peak_flops_per_s,
+    random_decoder,
+    step_flops,
+    timed,
+    with_layers,
+)
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torchtune import training
+from torchtune.modules.attention_utils import packed_block_causal_mask
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+
+from hbp_tune.components import (
+    GroupSwitch,
+    PackBatch,
+    PackingGroup,
+    Ulysses,
+    adapt_decoder,
+    apply_fsdp,
+    build_cp_meshes,
+    build_fsdp_mesh,
+    make_checkpointable,
+    select_attention,
+    separate_units,
+)
+from hbp_tune.components.planning.memory import BF16_ADAMW, DecoderShape
+
+# Of the GPU's memory: weights, gradients and optimizer states of the layers that are taken.
+STATES_SHARE = 0.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Whose step it is, and its settings."""
+
+    ours: bool
+    compiled: bool = False
+    ac_layers: int = 0
+
+
+def most_layers(shape: DecoderShape, on: torch.device) -> int:
+    """Give the layers whose states leave room for activations."""
+    if on.type != "cuda":
+        return shape.num_layers
+    bytes_per_weight = 2 * BF16_ADAMW.weight + BF16_ADAMW.optimizer
+    weights = STATES_SHARE * torch.cuda.get_device_properties(on).total_memory / bytes_per_weight
+    return max(1, min(shape.num_layers, int((weights - 2 * shape.vocab_params) // shape.layer_params)))
+
+
+def finish(model: nn.Module, on: torch.device) -> torch.optim.Optimizer:
+    """Shard by layer, as both recipes do, and make the optimizer."""
+    dtype = next(model.parameters()).dtype
+    units = (*model.layers, *separate_units(model, ["tok_embeddings", "output"]))
+    apply_fsdp(model, units, build_fsdp_mesh(on.type), compute_dtype=dtype)
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+
+def our_step(case: Case, shape: DecoderShape, batch: PackBatch, on: torch.device) -> Callable[[], None]:
+    model = random_decoder(shape, on, batch.num_tokens)
+    layers = adapt_decoder(model).layers
+    make_checkpointable(layers)
+    optimizer = finish(model, on)
+    attention, _ = select_attention("auto", on, next(model.parameters()).dtype)
+    switch = GroupSwitch(layers, build_cp_meshes([], on.type), attention, Ulysses())
+
+    def step() -> None:
+        context = switch.activate(batch)
+        arguments = {"input_pos": batch.input_pos, "labels": batch.labels, "loss_weights": batch.loss_weights}
+        model(batch.tokens, mask=context, **arguments).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def stock_step(case: Case, shape: DecoderShape, batch: PackBatch, on: torch.device) -> Callable[[], None]:
+    model = random_decoder(shape, on, batch.num_tokens)
+    loss_fn = CEWithChunkedOutputLoss()
+    model.set_num_output_chunks(loss_fn.num_output_chunks)
+    if case.compiled:
+        training.compile_model(model, verbose=False)
+        training.compile_loss(loss_fn, verbose=False)
+    for index in range(case.ac_layers):
+        model.layers[index] = checkpoint_wrapper(model.layers[index])
+    optimizer = finish(model, on)
+    doc_lens = torch.tensor(batch.spans.query_lens, device=on)
+
+    def step() -> None:
+        mask = packed_block_causal_mask([doc_lens])  # made for every pack, as by torchtune's collation
+        loss_fn(model(batch.tokens, mask=mask, input_pos=batch.input_pos), batch.labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(case: Case, shape: DecoderShape, doc_lens: list[int], on: torch.device, *, steps: int) -> tuple[float, float]:
+    """Give the median seconds of a step and the peak GiB of tensors (0 on a CPU)."""
+    group = PackingGroup(name="pack", pack_len=sum(doc_lens), ac_layers=case.ac_layers)
+    batch = pack_batch(doc_lens, group, shape.vocab_size).to(on)
+    gc.collect()  # what the case before has left, a failed one too: FSDP's modules refer to each other
+    if on.type == "cuda":
+        torch.cuda.empty_cache()
+    step = (our_step if case.ours else stock_step)(case, shape, batch, on)
+    for _ in range(2):
+        step()
+    if on.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(on)
+    seconds = statistics.median(timed(step, on) for _ in range(steps))
+    return seconds, torch.cuda.max_memory_allocated(on) / 2**30 if on.type == "cuda" else 0.0
+
+
+def fewest_ac_layers(case: Case, shape: DecoderShape, doc_lens: list[int], on: torch.device) -> int:
+    """Search the fewest recomputed layers that fit, by running out of memory."""
+    low, high = 0, shape.num_layers
+    while on.type == "cuda" and low < high:
+        middle = (low + high) // 2
+        try:
+            measure(Case(ours=case.ours, ac_layers=middle), shape, doc_lens, on, steps=1)
+            high = middle
+        except torch.OutOfMemoryError:
+            low = middle + 1
+    return low
+
+
+def find_cases(shape: DecoderShape, doc_lens: list[int], on: torch.device, *, compiled: bool) -> dict[str, Case]:
+    cases = {"hbp-tune": Case(ours=True), "torchtune": Case(ours=False)}
+    found = {name: Case(ours=case.ours, ac_layers=fewest_ac_layers(case, shape, doc_lens, on)) for name, case in cases.items()}
+    if compiled:
+        found["torchtune, compiled"] = Case(ours=False, compiled=True, ac_layers=found["torchtune"].ac_layers)
+    return found
+
+
+def main() -> None:
+    on = device()
+    is_gpu = on.type == "cuda"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pack-len", type=int, default=16384 if is_gpu else 2048)
+    parser.add_argument("--lengths", type=Path, help="a file of token lengths in place of synthetic ones")
+    parser.add_argument("--column", help="of that file")
+    parser.add_argument("--layers", type=int, help="of the decoder; by default as many as leave room for activations")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a case in a round")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=is_gpu, help="torchtune's side, compiled too")
+    arguments = parser.parse_args()
+    join_world(on)
+    shape = with_layers(default_shape(), arguments.layers or most_layers(default_shape(), on))
+    doc_lens = mixed_doc_lens(arguments.pack_len, arguments.lengths, arguments.column)
+    setting = {"layers": shape.num_layers, "embed_dim": shape.embed_dim, "pack_len": sum(doc_lens), "documents": len(doc_lens)}
+    print(json.dumps(machine() | setting), flush=True)
+    cases = find_cases(shape, doc_lens, on, compiled=arguments.compile)
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    for _ in range(arguments.rounds):
+        for name, case in cases.items():
+            rounds[name].append(measure(case, shape, doc_lens, on, steps=arguments.steps))
+    matmul, peak = matmul_flops_per_s(on), peak_flops_per_s(machine()["device"])
+    for name, case in cases.items():
+        seconds = statistics.median(line[0] for line in rounds[name])
+        flops_per_s = step_flops(shape, doc_lens) / seconds
+        line = {
+            "case": name,
+            "attention": "varlen" if case.ours and is_gpu else "sdpa" if case.ours else "flex" if is_gpu else "dense mask",
+            "compiled": case.compiled,
+            "ac_layers": case.ac_layers,
+            "step_s": round(seconds, 4),
+            "tokens_per_s": round(sum(doc_lens) / seconds),
+            "mfu": None if peak is None else round(flops_per_s / peak, 4),
+            "of_matmul": round(flops_per_s / matmul, 4),
+            "peak_gib": round(max(line[1] for line in rounds[name]), 2),
+            "rounds_s": [round(line[0], 4) for line in rounds[name]],
+        }
+        print(json.dumps(line), flush=True)
+    print(json.dumps({"matmul_tflops": round(matmul / 1e12, 3)}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
