@@ -88,7 +88,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
     Args:
         cfg: keys as in torchtune's ``full_finetune_distributed``, and ``groups``, ``planner``, ``curriculum``, ``loss_head``,
             ``context_parallel``, ``attention``, ``compute_dtype``, ``max_steps``, ``save_every_n_steps``,
-            ``keep_last_n_checkpoints``, ``num_workers``, ``token_store_dir``, ``plan_file``, ``process_group_timeout_s``.
+            ``keep_last_n_checkpoints``, ``num_workers``, ``token_store_dir``, ``plan_file``, ``process_group_timeout_s``,
+            ``fsdp_sharded_accumulation``.
 
     Raises:
         ConfigError: settings that cannot work, alone or together.
@@ -117,6 +118,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self.world_size, self.rank = utils.get_world_size_and_rank()
         self._is_rank_zero = self.rank == 0
         self._output_dir = Path(cfg.output_dir)
+        # Between micro-steps FSDP2 keeps shards of the gradients, or, for a slow network, whole ones on every rank.
+        self._sharded_accumulation = cfg.get("fsdp_sharded_accumulation", True)
         self._log_every_n_steps = cfg.get("log_every_n_steps") or 1
         self._log_peak_memory_stats = cfg.get("log_peak_memory_stats", False) and self._device.type == "cuda"
         self._clip_grad_norm = float(cfg.get("clip_grad_norm") or "inf")
@@ -337,7 +340,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             loss_sum = torch.zeros((), device=self._device)
             for batch in self._epoch_batches(epoch):
                 pack = self._switch.activate(batch)  # the group's CP mesh and recomputed layers
-                fsdp.set_requires_gradient_sync(batch.is_last_micro_step)
+                fsdp.set_requires_gradient_sync(self._sharded_accumulation or batch.is_last_micro_step)
                 loss = self._model(
                     batch.tokens, mask=pack, input_pos=batch.input_pos, labels=batch.labels, loss_weights=batch.loss_weights
                 )

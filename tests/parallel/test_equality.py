@@ -55,6 +55,7 @@ class Case:
     heads: int = HEADS
     ac_mode: str = "off"
     micro_steps: int = 1
+    sharded_accumulation: bool = True
     dtype: torch.dtype = torch.float64
     compute_dtype: torch.dtype | None = None
     pool: tuple[tuple[int, ...], ...] = PACKS
@@ -134,7 +135,7 @@ def train_job(case: Case, steps: int) -> list[tuple[float, dict[str, Tensor]]]:
         group = case.groups[step % len(case.groups)]
         loss_sum = torch.zeros((), dtype=torch.float64)
         for batch in batches_of(case, group, step, scheme, dist.get_rank()):
-            model.set_requires_gradient_sync(batch.is_last_micro_step)
+            model.set_requires_gradient_sync(case.sharded_accumulation or batch.is_last_micro_step)
             loss = model(
                 batch.tokens,
                 mask=switch.activate(batch),
@@ -173,7 +174,7 @@ def dense_loss(model: ToyDecoder, doc_lens: Sequence[int], tensors: dict[str, Te
 
 def plain_case(case: Case) -> Case:
     """Forget what one process does not know, so that cases share their reference."""
-    return replace(case, scheme="ulysses", ac_mode="off", compute_dtype=None)
+    return replace(case, scheme="ulysses", ac_mode="off", sharded_accumulation=True, compute_dtype=None)
 
 
 @cache
@@ -216,6 +217,7 @@ FACTORS = {
     "kv_heads": (1, 2, 4, 8),
     "ac_mode": ("off", "full", "selective", "offload"),
     "micro_steps": (1, 3),
+    "sharded_accumulation": (True, False),
     "dtype": (torch.float64, torch.float32),
 }
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -235,7 +237,7 @@ def pairwise() -> list[Case]:
 
 def name_of(case: Case) -> str:
     dtype = str(case.dtype).removeprefix("torch.float")
-    return f"{case.world_size} ranks-{case.scheme}-kv{case.kv_heads}-{case.ac_mode}-micro{case.micro_steps}-fp{dtype}"
+    return f"{case.world_size} ranks-{case.scheme}-kv{case.kv_heads}-{case.ac_mode}-micro{case.micro_steps}{'' if case.sharded_accumulation else ' whole'}-fp{dtype}"
 
 
 @pytest.mark.parametrize("case", pairwise(), ids=name_of)

@@ -45,6 +45,7 @@ _OURS = frozenset(
         "context_parallel",
         "attention",
         "process_group_timeout_s",
+        "fsdp_sharded_accumulation",
         "loss_head",
         "compute_dtype",
         "max_steps",
