@@ -79,10 +79,10 @@ def most_layers(shape: DecoderShape, on: torch.device) -> int:
     return max(1, min(shape.num_layers, int((weights - 2 * shape.vocab_params) // shape.layer_params)))
 
 
-def finish(model: nn.Module, on: torch.device) -> torch.optim.Optimizer:
+def finish(model: nn.Module, on: torch.device, *, separate: tuple[str, ...] = ()) -> torch.optim.Optimizer:
     """Shard by layer, as both recipes do, and make the optimizer."""
     dtype = next(model.parameters()).dtype
-    units = (*model.layers, *separate_units(model, ["tok_embeddings", "output"]))
+    units = (*model.layers, *separate_units(model, separate))
     apply_fsdp(model, units, build_fsdp_mesh(on.type), compute_dtype=dtype)
     return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
@@ -91,7 +91,7 @@ def our_step(case: Case, shape: DecoderShape, batch: PackBatch, on: torch.device
     model = random_decoder(shape, on, batch.num_tokens)
     layers = adapt_decoder(model).layers
     make_checkpointable(layers)
-    optimizer = finish(model, on)
+    optimizer = finish(model, on, separate=("tok_embeddings", "output"))
     attention, _ = select_attention("auto", on, next(model.parameters()).dtype)
     switch = GroupSwitch(layers, build_cp_meshes([], on.type), attention, Ulysses())
 
@@ -114,7 +114,7 @@ def stock_step(case: Case, shape: DecoderShape, batch: PackBatch, on: torch.devi
         training.compile_loss(loss_fn, verbose=False)
     for index in range(case.ac_layers):
         model.layers[index] = checkpoint_wrapper(model.layers[index])
-    optimizer = finish(model, on)
+    optimizer = finish(model, on)  # a separate output would be gathered for each of the loss's chunks
     doc_lens = torch.tensor(batch.spans.query_lens, device=on)
 
     def step() -> None:
@@ -167,12 +167,12 @@ def main() -> None:
     on = device()
     is_gpu = on.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pack-len", type=int, default=16384 if is_gpu else 2048)
+    parser.add_argument("--pack-len", type=int, default=16384 if is_gpu else 1024)
     parser.add_argument("--lengths", type=Path, help="a file of token lengths in place of synthetic ones")
     parser.add_argument("--column", help="of that file")
     parser.add_argument("--layers", type=int, help="of the decoder; by default as many as leave room for activations")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a case in a round")
+    parser.add_argument("--steps", type=int, default=5 if is_gpu else 3, help="timed steps of a case in a round")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=is_gpu, help="torchtune's side, compiled too")
     arguments = parser.parse_args()
     join_world(on)
