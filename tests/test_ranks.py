@@ -31,6 +31,6 @@ def test_an_error_ends_the_wait_of_other_ranks(tmp_path: Path, monkeypatch: pyte
 
 def test_the_end_of_a_process_is_an_error(tmp_path: Path) -> None:
     pool = RankPool(2, tmp_path)
-    with pytest.raises(RankError, match="^rank 1: ended with exit code 3$"):
+    with pytest.raises(RankError, match=r"^rank 1: ended with exit code 3$"):
         pool.run(die_on_rank_one)
     pool.close()
