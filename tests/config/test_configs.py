@@ -35,7 +35,13 @@ def launch_world_size(name: str) -> int:
 
 
 def test_what_is_shipped() -> None:
-    assert NAMES == ["demo/tiny_llama_cpu", "llama3_1/8B_hbp_full", "qwen2_5/7B_hbp_full", "qwen2_5/7B_instruct_128K_hbp_full"]
+    assert NAMES == [
+        "demo/tiny_llama_cpu",
+        "llama3_1/8B_hbp_full",
+        "llama3_1/8B_hbp_full_single_device",
+        "qwen2_5/7B_hbp_full",
+        "qwen2_5/7B_instruct_128K_hbp_full",
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,7 +67,7 @@ def test_the_groups_suit_the_model(name: str) -> None:
     weights = {parameter.device.type for parameter in model.parameters()}
     parts = adapt_decoder(model)
     assert weights == {"meta"}
-    scheme = cfg.context_parallel
+    scheme = cfg.get("context_parallel", "auto")
     scheme = select_context_parallel(scheme) if isinstance(scheme, str) else build("context_parallel", scheme)
     lines = describe_layouts(scheme, AttentionHeads(query=parts.num_heads, kv=parts.num_kv_heads), groups)
     assert len(lines) == sum(group.cp_degree > 1 for group in groups)
