@@ -91,12 +91,18 @@ def test_nothing_fits_a_budget_below_the_states() -> None:
     assert MemoryModel(LLAMA3_1_8B_DECODER, world_size=1).fewest_ac_layers(GROUP, 50) is None
 
 
-def test_accumulation_keeps_whole_gradients() -> None:
+def test_what_lies_between_micro_steps() -> None:
     group = replace(GROUP, ac_layers=32)
-    steps = [MemoryModel(LLAMA3_1_8B_DECODER, world_size=32, accumulates=more).peak(group) for more in (False, True)]
-    whole = 2 * 8_030_261_248 / GIB
-    assert steps[1].parts["unsharded_gradients"] / GIB == pytest.approx(whole)
-    assert whole - 2 < steps[1].gib - steps[0].gib < whole
+    none, sharded, whole = (
+        MemoryModel(LLAMA3_1_8B_DECODER, world_size=32, accumulation=kind).peak(group) for kind in ("none", "sharded", "whole")
+    )
+    gradients = 2 * 8_030_261_248 / GIB
+    assert whole.parts["unsharded_gradients"] / GIB == pytest.approx(gradients)
+    assert gradients - 2 < whole.gib - none.gib < gradients
+    assert sharded.parts["gradients"] / GIB == pytest.approx(gradients / 32)
+    assert none.gib <= sharded.gib <= none.gib + gradients / 32
+    with pytest.raises(ConfigError, match=r"accumulation='half' must be none, sharded or whole"):
+        MemoryModel(LLAMA3_1_8B_DECODER, world_size=1, accumulation="half")
 
 
 def test_a_tied_embedding_is_one_weight_that_stays_gathered() -> None:

@@ -178,21 +178,24 @@ class MemoryModel:
             they are one, it stays gathered.
         world_size: ranks that shard weights, gradients and optimizer states.
         states: bytes per weight.
-        accumulates: whether steps have several micro-steps, between which FSDP2 keeps whole gradients on every rank.
+        accumulation: what of the gradients lies between micro-steps: ``none`` (a step is one), ``sharded``, or ``whole``
+            (``fsdp_sharded_accumulation: False``).
 
     Raises:
-        ConfigError: ``world_size`` is below 1.
+        ConfigError: ``world_size`` is below 1, or there is no such accumulation.
     """
 
     def __init__(
-        self, shape: DecoderShape, *, world_size: int, states: StateBytes = BF16_ADAMW, accumulates: bool = False
+        self, shape: DecoderShape, *, world_size: int, states: StateBytes = BF16_ADAMW, accumulation: str = "none"
     ) -> None:
         if world_size < 1:
             raise ConfigError(f"world_size={world_size} must be at least 1")
+        if accumulation not in ("none", "sharded", "whole"):
+            raise ConfigError(f"accumulation={accumulation!r} must be none, sharded or whole")
         self.shape = shape
         self.world_size = world_size
         self.states = states
-        self.accumulates = accumulates
+        self.accumulation = accumulation
 
     def peak(self, group: PackingGroup, layout: CpDegrees | None = None) -> Moment:
         """Give the fullest moment of a step with a pack that is one document.
@@ -255,8 +258,10 @@ class MemoryModel:
 
     def _gradients(self, done: int) -> dict[str, float]:
         """Count the gradients that are there when the backward is done with the layers from ``done`` on."""
-        if self.accumulates:
+        if self.accumulation == "whole":
             return {"unsharded_gradients": self.states.weight * self.shape.num_params}
+        if self.accumulation == "sharded":
+            return {"gradients": self.states.weight * self.shape.num_params / self.world_size}
         params = (self.shape.num_layers - done) * self.shape.layer_params
         params += self.shape.vocab_params if done < self.shape.num_layers else 0
         return {"gradients": self.states.weight * params / self.world_size}
@@ -265,7 +270,7 @@ class MemoryModel:
         """Count gradients that are being reduced in the backward of a layer: those of the unit after it."""
         is_last = index >= self.shape.num_layers - 1 and not self.shape.tied
         params = self.shape.vocab_params if is_last else self.shape.layer_params
-        return 0 if self.accumulates else self.states.weight * params
+        return 0 if self.accumulation == "whole" else self.states.weight * params
 
     def _gathered(self, index: int) -> dict[str, float]:
         """Count gathered weights and whole gradients in the backward of a layer; FSDP2 works one layer ahead and behind."""
