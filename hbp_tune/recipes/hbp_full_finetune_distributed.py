@@ -352,7 +352,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
                 grad_norm = nn.utils.clip_grad_norm_(self._model.parameters(), max_norm=self._clip_grad_norm)
                 self._optimizer.step()
                 self._optimizer.zero_grad(set_to_none=True)
-                lr = training.get_lr(self._optimizer)
+                lr = float(training.get_lr(self._optimizer))  # torchao's is a tensor, which the schedule changes in place
                 if self._lr_scheduler is not None:
                     self._lr_scheduler.step()
                 step_tokens = int(self._tokens_per_step[self.epoch_step])

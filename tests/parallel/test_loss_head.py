@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hbp_tune.components import (
     ConfigError,
+    EpochPlan,
     ForwardGradientHead,
     LigerHead,
     RecomputedHead,
@@ -27,7 +29,8 @@ from hbp_tune.components import (
 from hbp_tune.components.parallel import loss_head
 from hbp_tune.components.parallel.loss_head import LossHead
 from hbp_tune.demo.model import TinyLlama, build
-from tests.ranks import RankPool
+from tests.helpers import mixed_lengths, recipe_config, run_recipe_job
+from tests.ranks import RankError, RankPool
 
 VOCAB_SIZE, EMBED_DIM = 20, 6
 CHUNKED = [ForwardGradientHead, RecomputedHead]
@@ -61,7 +64,7 @@ def loss_and_gradients(head: Callable[..., Tensor], inputs: list[Tensor], scale:
 def test_chunks_equal_all_logits_at_once(
     head_type: Callable[..., LossHead], dtype: torch.dtype, tolerance: float, chunk_tokens: int | None
 ) -> None:
-    for seed in range(10):
+    for seed in range(5):
         inputs = make(seed=seed, dtype=dtype)
         got = loss_and_gradients(head_type(chunk_tokens), inputs, scale=3.0)  # a power of two would hide where it is applied
         for left, right in zip(got, loss_and_gradients(all_logits, inputs, scale=3.0), strict=True):
@@ -325,6 +328,43 @@ def test_liger_head_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     with pytest.raises(ConfigError, match=r"LigerHead needs liger-kernel \(.*\); pip install 'hbp-tune\[liger\]', or leave"):
         LigerHead()
+
+
+GROUPS = [{"name": "short", "pack_len": 128}, {"name": "long", "pack_len": 512, "cp_degree": 2}]
+
+
+def recipe_losses(ranks: Callable[[int], RankPool], directory: Path, **changes: Any) -> list[float]:
+    cfg = recipe_config(directory, mixed_lengths(60, 512, seed=7), GROUPS, max_steps=2, **changes)
+    return [step["loss"] for step in ranks(2).run(run_recipe_job, cfg)[0]]
+
+
+def test_a_recipe_takes_the_head_that_is_configured(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    default = recipe_losses(ranks, tmp_path / "default")
+    other = {"_component_": "hbp_tune.components.RecomputedHead", "chunk_tokens": 7}
+    assert recipe_losses(ranks, tmp_path / "other", loss_head=other) == pytest.approx(default, rel=1e-6)
+    with pytest.raises(RankError, match=r"LigerHead needs (liger-kernel|device=cuda)"):
+        recipe_losses(ranks, tmp_path / "liger", loss_head={"_component_": "hbp_tune.components.LigerHead"})
+
+
+class OnlyEqualWeights(ForwardGradientHead):
+    """Refuses the weights that `LigerHead` refuses, on every device."""
+
+    def check(self, device: torch.device, document_weights: Any, pack_of_sample: Any) -> None:
+        LigerHead.check(cast(LigerHead, self), torch.device("cuda"), document_weights, pack_of_sample)
+
+
+class BySample:
+    """Weighs every sample, not every target, the same."""
+
+    def document_weights(self, plan: EpochPlan, num_targets: Any) -> Any:
+        return 1.0 / np.maximum(num_targets[plan.sample_ids], 1)
+
+
+def test_a_recipe_checks_the_weights_of_its_plan(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    head = {"_component_": f"{__name__}.OnlyEqualWeights"}
+    assert len(recipe_losses(ranks, tmp_path / "by token", loss_head=head)) == 2
+    with pytest.raises(RankError, match=r"gives all targets of a pack one weight, but the loss weighs those of pack \d+ by"):
+        recipe_losses(ranks, tmp_path / "by sample", loss_head=head, loss={"_component_": f"{__name__}.BySample"})
 
 
 @pytest.mark.gpu

@@ -121,6 +121,11 @@ def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> 
             "config key 'groups' is missing; the least is groups: "
             "[{_component_: hbp_tune.components.PackingGroup, name: all, pack_len: 8192}]"
         )
+    if (cfg.get("optimizer") or {}).get("bf16_stochastic_round"):
+        raise ConfigError(
+            "optimizer.bf16_stochastic_round=True does not work on sharded weights in torchao before 0.16; remove it, and set "
+            "dtype: fp32 with compute_dtype: bf16 so that no small update is lost"
+        )
     for index, dataset in enumerate(_datasets(cfg) if "dataset" in required else ()):
         if dataset.get("packed"):
             raise ConfigError(f"dataset {index}: packed=True has no place here, remove it: groups decide how samples are packed")
