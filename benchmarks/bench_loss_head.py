@@ -1,6 +1,6 @@
 """Peak memory and time of loss heads, forward and backward.
 
-    python benchmarks/bench_loss_head.py [--tokens 4096 --embed-dim 256 --vocab-size 32768 --dtype fp32 --device cpu]
+    python benchmarks/bench_loss_head.py [--tokens 4096 --embed-dim 256 --vocab-size 32768 --dtype fp32 --chunk-tokens 256]
 
 Each case runs in its own process. On a CPU the peak is the process's largest resident size, less what it was when hidden
 states, weight and labels were there (so torch itself does not count); on CUDA it is what torch allocated at most, less the
@@ -48,23 +48,23 @@ def with_head(head: LossHead) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return loss
 
 
-CASES: dict[str, Callable[[], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
-    "naive": lambda: naive,
-    "torchtune CEWithChunkedOutputLoss": lambda: stock,
-    "RecomputedHead": lambda: with_head(RecomputedHead()),
-    "ForwardGradientHead": lambda: with_head(ForwardGradientHead()),
-    "LigerHead": lambda: with_head(LigerHead()),
+CASES: dict[str, Callable[[int | None], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "naive": lambda _: naive,
+    "torchtune CEWithChunkedOutputLoss": lambda _: stock,
+    "RecomputedHead": lambda chunk_tokens: with_head(RecomputedHead(chunk_tokens)),
+    "ForwardGradientHead": lambda chunk_tokens: with_head(ForwardGradientHead(chunk_tokens)),
+    "LigerHead": lambda _: with_head(LigerHead()),
 }
 
 
-def bound_mib(case: str, tokens: int, weight: Tensor) -> float | None:
+def bound_mib(case: str, tokens: int, weight: Tensor, chunk_tokens: int | None) -> float | None:
     """Sum the tensors that must be alive at once: fp32 logits in units of all of them, gradients of weight and hidden states."""
     item = weight.element_size()
     vocab_size, embed_dim = weight.shape
     logits = tokens * vocab_size * 4
     narrow = 0 if item == 4 else logits // 2  # logits before they are widened
     gradients = weight.numel() * item + tokens * embed_dim * item
-    chunk = logits * max(_chunk_sizes(tokens, _fitting_chunk_tokens(weight))) / tokens
+    chunk = logits * max(_chunk_sizes(tokens, chunk_tokens or _fitting_chunk_tokens(weight))) / tokens
     bounds = {
         # Backward of the log-softmax: its output, the gradient that comes in, the gradient that goes out.
         "naive": 3 * logits,
@@ -94,7 +94,7 @@ def seconds(device: torch.device) -> float:
 def run_case(case: str, args: argparse.Namespace) -> None:
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     torch.set_num_threads(1)
-    loss_of = CASES[case]()
+    loss_of = CASES[case](args.chunk_tokens)
 
     def make(tokens: int, embed_dim: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
         torch.manual_seed(0)
@@ -115,7 +115,7 @@ def run_case(case: str, args: argparse.Namespace) -> None:
         start = seconds(device)
         loss_of(*inputs).backward()
         times.append(seconds(device) - start)
-    row = {"case": case, "peak_mib": round(peak_mib, 1), "bound_mib": bound_mib(case, args.tokens, inputs[1])}
+    row = {"case": case, "peak_mib": round(peak_mib, 1), "bound_mib": bound_mib(case, args.tokens, inputs[1], args.chunk_tokens)}
     print(json.dumps(row | {"lowest_s": round(min(times), 3), "median_s": round(sorted(times)[REPEATS // 2], 3)}), flush=True)
 
 
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--chunk-tokens", type=int, help="of our heads; fitted to the weight where left out")
     parser.add_argument("--case", choices=CASES, help="one case in this process; all, each in its own, where left out")
     args = parser.parse_args()
     if args.case:
