@@ -26,6 +26,7 @@ from hbp_tune.components.parallel.activation_checkpoint import make_checkpointab
 from hbp_tune.components.parallel.agree import from_rank_zero as from_rank_zero
 from hbp_tune.components.parallel.attention import sdpa_per_document as sdpa_per_document
 from hbp_tune.components.parallel.attention import select_attention as select_attention
+from hbp_tune.components.parallel.compile import compile_layers as compile_layers
 from hbp_tune.components.parallel.context_parallel import AllGatherKV as AllGatherKV
 from hbp_tune.components.parallel.context_parallel import AutoContextParallel as AutoContextParallel
 from hbp_tune.components.parallel.context_parallel import Ulysses as Ulysses

@@ -8,6 +8,7 @@ or copy this file into your own folder, change it, and start it by its file name
 """
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -55,6 +56,7 @@ from hbp_tune.components import (
     check_positions,
     check_saved_plan,
     check_targets,
+    compile_layers,
     default_store_directory,
     describe_layouts,
     from_rank_zero,
@@ -188,6 +190,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         for line in (self._why_attention, *describe_layouts(self._context_parallel, self._heads, self._groups)):
             utils.log_rank_zero(log, line)
         check_ac_layers(self._groups, len(self._decoder.layers))
+        if cfg.get("compile"):  # first, so that neither recomputation nor gathering of weights is part of a graph
+            compile_layers(self._decoder.layers, backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))
         make_checkpointable(self._decoder.layers)  # before FSDP, which must gather weights around the recomputation too
         apply_fsdp(
             model,

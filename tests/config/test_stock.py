@@ -30,14 +30,13 @@ REFUSED: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], str]] = {
     "shuffle": ((False,), (None, True), "curriculum"),
     "collate_fn": (("torchtune.data.padded_collate_sft",), (None,), "packs replace batches"),
     "enable_activation_checkpointing": ((True,), (None, False), "groups[].ac_layers"),
-    "ac_mode": (("selective",), (None, "full"), "groups[].ac_layers"),
+    "ac_mode": (("selective",), (None, "full"), "groups[].ac_mode"),
     "ac_option": ((2, "op"), (None,), "groups[].ac_layers"),
-    "enable_activation_offloading": ((True,), (None, False), "groups[].ac_layers"),
+    "enable_activation_offloading": ((True,), (None, False), "groups[].ac_mode=offload"),
     "optimizer_in_bwd": ((True,), (None, False), "fsdp_cpu_offload"),
     "tensor_parallel_dim": ((2,), (None, 1), "groups[].cp_degree"),
     "tensor_parallel_plan": (({"_component_": "torchtune.models.llama3.base_llama_tp_plan"},), (None,), "groups[].cp_degree"),
     "enable_async_checkpointing": ((True,), (None, False), "save_every_n_steps"),
-    "compile": ((True,), (None, False), "varlen attention"),
 }
 
 

@@ -31,6 +31,10 @@ class OperatorCounter(TorchDispatchMode):
         self.attention = 0
         self.collectives: Counter[str] = Counter()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # else torch would run compiled layers eagerly while it counts
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, name = func.name().split("::")
         self.attention += name.startswith("_scaled_dot_product") and "backward" not in name

@@ -34,6 +34,7 @@ _CARRIED = frozenset(
         "fsdp_cpu_offload",
         "fsdp_reshard_after_forward",
         "cudnn_deterministic_mode",
+        "compile",
     ]
 )
 # Keys of our own.
@@ -78,14 +79,13 @@ _REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {
     "shuffle": ((None, True), "samples and steps are shuffled by seed and epoch; a curriculum orders the steps"),
     "collate_fn": ((None,), "packs replace batches, so there is nothing to collate"),
     "enable_activation_checkpointing": ((None, False), "set groups[].ac_layers, the recomputed layers of each group"),
-    "ac_mode": ((None, "full"), "set groups[].ac_layers"),
+    "ac_mode": ((None, "full"), "set groups[].ac_layers and groups[].ac_mode"),
     "ac_option": ((None,), "set groups[].ac_layers"),
-    "enable_activation_offloading": ((None, False), "set groups[].ac_layers to recompute instead, or raise cp_degree"),
+    "enable_activation_offloading": ((None, False), "set groups[].ac_layers and groups[].ac_mode=offload, or raise cp_degree"),
     "optimizer_in_bwd": ((None, False), "a step's gradients span micro-steps; save memory by fsdp_cpu_offload instead"),
     "tensor_parallel_dim": ((None, 1), "long packs are split by groups[].cp_degree, weights by FSDP2 over all ranks"),
     "tensor_parallel_plan": ((None,), "long packs are split by groups[].cp_degree, weights by FSDP2 over all ranks"),
     "enable_async_checkpointing": ((None, False), "use save_every_n_steps, which saves exact progress"),
-    "compile": ((None, False), "layers are not compiled yet: varlen attention is one fused kernel already"),
 }
 # Losses of torchtune's recipes whose meaning is the mean over a step's targets, which is AveTokenLoss.
 _STOCK_LOSSES = ("torchtune.modules.loss.CEWithChunkedOutputLoss", "torch.nn.CrossEntropyLoss")

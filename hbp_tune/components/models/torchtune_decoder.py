@@ -9,6 +9,7 @@ from torchtune.modules import MultiHeadAttention, TransformerDecoder, Transforme
 from torchtune.modules.tied_linear import TiedLinear
 
 from hbp_tune.components.models.torchtune_seam import replace_attention_call
+from hbp_tune.components.parallel.compile import between_graphs
 from hbp_tune.components.parallel.loss_head import ForwardGradientHead, LossHead
 from hbp_tune.components.parallel.parallelize import PackContext
 from hbp_tune.components.planning.cost import ModelShape
@@ -110,9 +111,12 @@ def separate_units(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     return units
 
 
+@between_graphs(token_dim=2)
 def _attend_inside_pack(q: Tensor, k: Tensor, v: Tensor, *, mask: PackContext, **_: Any) -> Tensor:
     # torchtune's [1, heads, local_len, head_dim] to and from the kernels' [local_len, heads, head_dim]
-    return mask.attend(*(x[0].transpose(0, 1) for x in (q, k, v))).transpose(0, 1)[None]
+    attended = mask.attend(*(x[0].transpose(0, 1) for x in (q, k, v)))
+    # Contiguous from every kernel and scheme, so that no graph is compiled for each; torchtune would copy it next anyway.
+    return attended.contiguous().transpose(0, 1)[None]
 
 
 class LossLinear(nn.Linear):

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ def make_checkpointable(layers: Sequence[nn.Module]) -> None:
     The layer's class is replaced by a subclass made on the fly: unlike a wrapper, that leaves parameter names as they are.
     """
     for layer in layers:
-        layer.__class__ = _checkpointable(type(layer))
+        layer.__class__ = _checkpointable(cast(Any, type(layer)))  # mypy takes a module's hash for its class's
         layer.ac_mode = None  # type: ignore[assignment]
 
 
