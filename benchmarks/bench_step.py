@@ -6,7 +6,7 @@
 One process with one rank of FSDP2. Both sides train the same packs, with random weights of the same shape, the same
 AdamW, and as few recomputed layers as fit. torchtune's side is its stock decoder under its own packed mask (a flex attention
 block mask on CUDA, a dense mask on a CPU) and its chunked loss, layer recomputation by the layer rather than all or nothing,
-compiled and not. Cases take turns, each built anew every round; medians over rounds, warm-up steps left out.
+compiled and not, as ours. Cases take turns, each built anew every round; medians over rounds, warm-up steps left out.
 
 ``mfu`` is the model's operations, nothing counted twice for being run again, over the vendor's bf16 peak; ``of_matmul`` over
 what a large matrix product reached in this run.
@@ -17,7 +17,7 @@ import gc
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,6 +51,7 @@ from hbp_tune.components import (
     apply_fsdp,
     build_cp_meshes,
     build_fsdp_mesh,
+    compile_layers,
     make_checkpointable,
     select_attention,
     separate_units,
@@ -90,6 +91,8 @@ def finish(model: nn.Module, on: torch.device, *, separate: tuple[str, ...] = ()
 def our_step(case: Case, shape: DecoderShape, batch: PackBatch, on: torch.device) -> Callable[[], None]:
     model = random_decoder(shape, on, batch.num_tokens)
     layers = adapt_decoder(model).layers
+    if case.compiled:
+        compile_layers(layers)
     make_checkpointable(layers)
     optimizer = finish(model, on, separate=("tok_embeddings", "output"))
     attention, _ = select_attention("auto", on, next(model.parameters()).dtype)
@@ -159,7 +162,7 @@ def find_cases(shape: DecoderShape, doc_lens: list[int], on: torch.device, *, co
     cases = {"hbp-tune": Case(ours=True), "torchtune": Case(ours=False)}
     found = {name: Case(ours=case.ours, ac_layers=fewest_ac_layers(case, shape, doc_lens, on)) for name, case in cases.items()}
     if compiled:
-        found["torchtune, compiled"] = Case(ours=False, compiled=True, ac_layers=found["torchtune"].ac_layers)
+        found |= {f"{name}, compiled": replace(case, compiled=True) for name, case in found.items()}
     return found
 
 
@@ -173,7 +176,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the decoder; by default as many as leave room for activations")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5 if is_gpu else 3, help="timed steps of a case in a round")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=is_gpu, help="torchtune's side, compiled too")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=is_gpu, help="both sides compiled too")
     arguments = parser.parse_args()
     join_world(on)
     shape = with_layers(default_shape(), arguments.layers or most_layers(default_shape(), on))
