@@ -75,7 +75,7 @@ class RankPool:
     def _answer(self, rank: int) -> tuple[str | None, Any]:
         try:
             return self._pipes[rank].recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self._processes[rank].join()
             return f"ended with exit code {self._processes[rank].exitcode}", None
 
