@@ -27,7 +27,6 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 from hbp_tune.components import (
-    AttentionHeads,
     AveTokenLoss,
     BalancePlanner,
     ConfigError,
@@ -170,7 +169,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             self._lr_scheduler = build("lr_scheduler", cfg.lr_scheduler, self._optimizer, num_training_steps=total_steps)
         if position is not None:
             self._resume(position)
-        layouts = [x for group in self._groups for x in self._context_parallel.layouts(self._heads, group.cp_degree)]
+        layouts = [x for group in self._groups for x in self._context_parallel.layouts(self._decoder.heads, group.cp_degree)]
         meshes = build_cp_meshes(layouts, self._device.type, timeout=self._timeout)
         self._switch = GroupSwitch(self._decoder.layers, meshes, self._attention, self._context_parallel)
 
@@ -186,8 +185,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             model: nn.Module = build("model", cfg.model)
         self._decoder = adapt_decoder(model, loss_head=self._loss_head)
         self._cost = CostModel(model_shape(model))
-        self._heads = AttentionHeads(query=self._decoder.num_heads, kv=self._decoder.num_kv_heads)
-        for line in (self._why_attention, *describe_layouts(self._context_parallel, self._heads, self._groups)):
+        for line in (self._why_attention, *describe_layouts(self._context_parallel, self._decoder.heads, self._groups)):
             utils.log_rank_zero(log, line)
         check_ac_layers(self._groups, len(self._decoder.layers))
         if cfg.get("compile"):  # first, so that neither recomputation nor gathering of weights is part of a graph
@@ -326,7 +324,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         plan = self._plan_epoch(epoch, first_step=sum(self._steps_per_epoch[:epoch]))
         self._tokens_per_step = plan.step_tokens
         weights = self._loss.document_weights(plan, self._num_targets)
-        layout = partial(self._context_parallel.layout, self._heads)
+        layout = partial(self._context_parallel.layout, self._decoder.heads)
         dataset = HierarchicalPackedDataset(self._store, plan, weights, self.rank, layout)
         indices = plan.indices_for_rank(self.rank, first_step=self.epoch_step, last_step=self._steps_per_epoch[epoch])
         for batch in pack_loader(dataset, indices, self._num_workers):

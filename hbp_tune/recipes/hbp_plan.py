@@ -29,7 +29,6 @@ from torchtune import config, training
 from hbp_tune.components import (
     BASELINE_NAMES,
     LENGTH_SUFFIXES,
-    AttentionHeads,
     BalancePlanner,
     CharacterEstimate,
     ConfigError,
@@ -137,8 +136,7 @@ class HBPPlanRecipe:
         with torch.device("meta"):
             model: nn.Module = build("model", cfg.model)
         self._decoder = adapt_decoder(model)
-        heads = AttentionHeads(query=self._decoder.num_heads, kv=self._decoder.num_kv_heads)
-        self._notes += describe_layouts(self._context_parallel, heads, self._groups)
+        self._notes += describe_layouts(self._context_parallel, self._decoder.heads, self._groups)
         check_ac_layers(self._groups, len(self._decoder.layers))
         self._cost = CostModel(model_shape(model))
 

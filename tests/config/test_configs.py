@@ -8,7 +8,6 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training
 
 from hbp_tune.components import (
-    AttentionHeads,
     PackingGroup,
     adapt_decoder,
     build,
@@ -69,7 +68,7 @@ def test_the_groups_suit_the_model(name: str) -> None:
     assert weights == {"meta"}
     scheme = cfg.get("context_parallel", "auto")
     scheme = select_context_parallel(scheme) if isinstance(scheme, str) else build("context_parallel", scheme)
-    lines = describe_layouts(scheme, AttentionHeads(query=parts.num_heads, kv=parts.num_kv_heads), groups)
+    lines = describe_layouts(scheme, parts.heads, groups)
     assert len(lines) == sum(group.cp_degree > 1 for group in groups)
     assert max(group.ac_layers for group in groups) <= len(parts.layers)
     assert groups[-1].pack_len <= parts.max_seq_len

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training
 from torchtune._recipe_registry import get_all_recipes
 
-from hbp_tune.components import AttentionHeads, Ulysses, adapt_decoder, build, check_config, check_groups, describe_layouts
+from hbp_tune.components import Ulysses, adapt_decoder, build, check_config, check_groups, describe_layouts
 from hbp_tune.components.config.stock import is_stock_loss, local_files, missing_tokenizer_files
 from hbp_tune.components.planning.errors import ConfigError
 from hbp_tune.recipes import hbp_full_finetune_distributed
@@ -181,7 +181,7 @@ def test_a_stock_config_and_a_few_lines(name: str) -> None:
     assert is_stock_loss(cfg)
     with training.set_default_dtype(torch.bfloat16), torch.device("meta"):
         parts = adapt_decoder(build("model", cfg.model))
-    describe_layouts(Ulysses(), AttentionHeads(query=parts.num_heads, kv=parts.num_kv_heads), groups)
+    describe_layouts(Ulysses(), parts.heads, groups)
     assert groups[-1].pack_len <= parts.max_seq_len
     assert all(group.ac_layers <= len(parts.layers) for group in groups)
 

@@ -5,7 +5,7 @@ from torchtune.models.llama3_1 import llama3_1, llama3_1_8b
 from torchtune.models.llama3_2 import llama3_2_1b
 from torchtune.models.qwen2 import qwen2
 
-from hbp_tune.components import ConfigError, adapt_decoder
+from hbp_tune.components import AttentionHeads, ConfigError, adapt_decoder
 from hbp_tune.components.models import torchtune_seam
 from hbp_tune.components.models.torchtune_decoder import model_shape, separate_units
 from hbp_tune.components.planning.cost import LLAMA3_1_8B, ModelShape
@@ -19,7 +19,7 @@ def test_parts_and_untouched_names() -> None:
     model = build(SHAPE)
     names = list(model.state_dict())
     parts = adapt_decoder(model)
-    assert (len(parts.layers), parts.num_heads, parts.num_kv_heads, parts.max_seq_len) == (3, 4, 2, 2048)
+    assert (len(parts.layers), parts.heads, parts.max_seq_len) == (3, AttentionHeads(query=4, kv=2), 2048)
     assert list(model.state_dict()) == names
 
 
@@ -27,7 +27,7 @@ def test_real_models_on_the_meta_device() -> None:
     for builder, heads, kv_heads in ((llama3_1_8b, 32, 8), (llama3_2_1b, 32, 8)):
         with torch.device("meta"):
             parts = adapt_decoder(builder())
-        assert (parts.num_heads, parts.num_kv_heads) == (heads, kv_heads)
+        assert parts.heads == AttentionHeads(query=heads, kv=kv_heads)
 
 
 def test_a_model_that_cannot_attend_inside_packs_is_refused() -> None:

@@ -14,6 +14,7 @@ from hbp_tune.components.parallel.loss_head import ForwardGradientHead, LossHead
 from hbp_tune.components.parallel.parallelize import PackContext
 from hbp_tune.components.planning.cost import ModelShape
 from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.components.planning.exchange import AttentionHeads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,14 +23,12 @@ class DecoderParts:
 
     Args:
         layers: in order; recomputed and sharded one by one.
-        num_heads: query heads.
-        num_kv_heads: key and value heads.
+        heads: of each attention layer.
         max_seq_len: positions that the model can encode: the longest document.
     """
 
     layers: tuple[nn.Module, ...]
-    num_heads: int
-    num_kv_heads: int
+    heads: AttentionHeads
     max_seq_len: int
 
 
@@ -63,8 +62,7 @@ def adapt_decoder(model: nn.Module, *, loss_head: LossHead | None = None) -> Dec
     attention = decoder.layers[0].attn
     parts = DecoderParts(
         layers=tuple(decoder.layers),
-        num_heads=attention.num_heads,
-        num_kv_heads=attention.num_kv_heads,
+        heads=AttentionHeads(query=attention.num_heads, kv=attention.num_kv_heads),
         max_seq_len=decoder.max_seq_len,
     )
     for layer in decoder.layers:
