@@ -1,11 +1,18 @@
+from collections.abc import Callable
+
 import pytest
 import torch
-from torchtune.models.gemma2 import gemma2
-from torchtune.models.llama3_1 import llama3_1, llama3_1_8b
-from torchtune.models.llama3_2 import llama3_2_1b
-from torchtune.models.qwen2 import qwen2
+from torch import nn
+from torchtune.models import gemma2, llama2, llama3, llama3_1, llama3_2, llama3_3, qwen2, qwen2_5
 
-from hbp_tune.components import AttentionHeads, ConfigError, adapt_decoder
+from hbp_tune.components import (
+    AttentionHeads,
+    AutoContextParallel,
+    ConfigError,
+    PackingGroup,
+    adapt_decoder,
+    describe_layouts,
+)
 from hbp_tune.components.models import torchtune_seam
 from hbp_tune.components.models.torchtune_decoder import model_shape, separate_units
 from hbp_tune.components.planning.cost import LLAMA3_1_8B, ModelShape
@@ -23,16 +30,34 @@ def test_parts_and_untouched_names() -> None:
     assert list(model.state_dict()) == names
 
 
-def test_real_models_on_the_meta_device() -> None:
-    for builder, heads, kv_heads in ((llama3_1_8b, 32, 8), (llama3_2_1b, 32, 8)):
-        with torch.device("meta"):
-            parts = adapt_decoder(builder())
-        assert parts.heads == AttentionHeads(query=heads, kv=kv_heads)
+# Llama 2 to 3.3 and Qwen2/2.5 in every size that torchtune builds, by query and KV heads.
+SIZES = {
+    (32, 32): (llama2.llama2_7b,),
+    (40, 40): (llama2.llama2_13b,),
+    (32, 8): (llama3.llama3_8b, llama3_1.llama3_1_8b, llama3_2.llama3_2_1b),
+    (24, 8): (llama3_2.llama3_2_3b,),
+    (64, 8): (llama2.llama2_70b, llama3.llama3_70b, llama3_1.llama3_1_70b, llama3_3.llama3_3_70b, qwen2_5.qwen2_5_72b_base),
+    (128, 8): (llama3_1.llama3_1_405b,),
+    (14, 2): (qwen2.qwen2_0_5b, qwen2_5.qwen2_5_0_5b),
+    (12, 2): (qwen2.qwen2_1_5b, qwen2_5.qwen2_5_1_5b_base),
+    (16, 2): (qwen2_5.qwen2_5_3b,),
+    (28, 4): (qwen2.qwen2_7b, qwen2_5.qwen2_5_7b_base, qwen2_5.qwen2_5_7b_instruct),
+    (40, 8): (qwen2_5.qwen2_5_14b_base, qwen2_5.qwen2_5_32b_base),
+}
+
+
+@pytest.mark.parametrize(("heads", "builder"), [(heads, builder) for heads, some in SIZES.items() for builder in some])
+def test_real_models_on_the_meta_device(heads: tuple[int, int], builder: Callable[[], nn.Module]) -> None:
+    with torch.device("meta"):
+        parts = adapt_decoder(builder())
+    assert parts.heads == AttentionHeads(query=heads[0], kv=heads[1])
+    groups = [PackingGroup(name="long", pack_len=parts.max_seq_len, cp_degree=8)]
+    assert len(describe_layouts(AutoContextParallel(), parts.heads, groups)) == 1
 
 
 def test_a_model_that_cannot_attend_inside_packs_is_refused() -> None:
     with torch.device("meta"):
-        gemma = gemma2(**TINY, head_dim=4, num_kv_heads=2)
+        gemma = gemma2.gemma2(**TINY, head_dim=4, num_kv_heads=2)
     with pytest.raises(ConfigError, match=r"(model Gemma2|layer 0 of the model|model \w+ is not supported)"):
         adapt_decoder(gemma)
     with pytest.raises(ConfigError, match=r"model Linear is not supported: hbp-tune trains torchtune.modules.TransformerDecoder"):
@@ -41,11 +66,11 @@ def test_a_model_that_cannot_attend_inside_packs_is_refused() -> None:
 
 def test_dropout_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model.attn_dropout=0.5 must be 0"):
-        adapt_decoder(llama3_1(**TINY, num_kv_heads=2, attn_dropout=0.5))
+        adapt_decoder(llama3_1.llama3_1(**TINY, num_kv_heads=2, attn_dropout=0.5))
 
 
 def test_another_torchtune_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = llama3_1(**TINY, num_kv_heads=2)
+    model = llama3_1.llama3_1(**TINY, num_kv_heads=2)
     attention = model.layers[0].attn
     del attention._attention_call
     with pytest.raises(ConfigError, match=r"no _attention_call to replace; install one of 0.6.1"):
@@ -53,23 +78,25 @@ def test_another_torchtune_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_separate_units() -> None:
-    untied = llama3_1(**TINY, num_kv_heads=2)
+    untied = llama3_1.llama3_1(**TINY, num_kv_heads=2)
     assert separate_units(untied, ["tok_embeddings", "output"]) == [untied.tok_embeddings, untied.output]
     with pytest.raises(
         ConfigError, match=r"custom_sharded_layers: the model has no 'head'; it has tok_embeddings, layers, norm, output"
     ):
         separate_units(untied, ["head"])
-    tied = qwen2(**TINY, num_kv_heads=2, tie_word_embeddings=True)
+    tied = qwen2.qwen2(**TINY, num_kv_heads=2, tie_word_embeddings=True)
     assert separate_units(tied, ["tok_embeddings", "output"]) == []
 
 
 def test_what_decides_the_cost_of_a_model() -> None:
     # Two layers of 16 x (16 + 16 query and output, 8 + 8 key and value, 3 x 32) and two norms each, one norm, one head.
     by_hand = ModelShape(num_layers=2, linear_params=2 * (16 * 144 + 2 * 16) + 16 + 16 * 32, attention_dim=16)
-    untied = llama3_1(**TINY, num_kv_heads=2)
+    untied = llama3_1.llama3_1(**TINY, num_kv_heads=2)
     assert model_shape(untied) == by_hand
     adapt_decoder(untied)
     assert model_shape(untied) == by_hand
     with torch.device("meta"):
-        assert model_shape(llama3_1_8b()) == LLAMA3_1_8B
-        assert model_shape(llama3_2_1b()) == ModelShape(num_layers=16, linear_params=1_235_814_400, attention_dim=2048), "tied"
+        assert model_shape(llama3_1.llama3_1_8b()) == LLAMA3_1_8B
+        assert model_shape(llama3_2.llama3_2_1b()) == ModelShape(
+            num_layers=16, linear_params=1_235_814_400, attention_dim=2048
+        ), "tied"
