@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hbp_tune.components import (
-    CpDegrees,
     GroupSwitch,
     PackBatch,
     PackingGroup,
@@ -27,6 +27,7 @@ from hbp_tune.components import (
     select_context_parallel,
 )
 from hbp_tune.components.parallel.context_parallel import ContextParallel, UlyssesAllGather
+from hbp_tune.components.parallel.mesh import CpMeshes
 from hbp_tune.components.planning.exchange import AttentionHeads
 from hbp_tune.components.planning.sharding import padded_len
 from tests.parallel.packs import dense, rank_view
@@ -116,7 +117,7 @@ def batches_of(case: Case, group: PackingGroup, step: int, scheme: ContextParall
         )
 
 
-MESHES: dict[CpDegrees, object] = {}
+MESHES: defaultdict[str, CpMeshes] = defaultdict(dict)  # by device type
 
 
 def train_job(case: Case, steps: int, device_type: str = "cpu") -> list[tuple[float, dict[str, Tensor]]]:
@@ -126,11 +127,12 @@ def train_job(case: Case, steps: int, device_type: str = "cpu") -> list[tuple[fl
     scheme = scheme_of(case.scheme)
     heads = AttentionHeads(query=case.heads, kv=case.kv_heads)
     layouts = [layout for group in case.groups for layout in scheme.layouts(heads, group.cp_degree)]
-    if not set(layouts) <= MESHES.keys():  # once per rank of the pool: process groups are not free
-        MESHES.update(build_cp_meshes(layouts, device_type, timeout=timedelta(seconds=120)))
+    meshes = MESHES[device_type]
+    if not set(layouts) <= meshes.keys():  # once per rank of the pool: process groups are not free
+        meshes.update(build_cp_meshes(layouts, device_type, timeout=timedelta(seconds=120)))
     make_checkpointable(model.layers)
     apply_fsdp(model, model.layers, build_fsdp_mesh(device_type), compute_dtype=compute_dtype)
-    switch = GroupSwitch(model.layers, MESHES, select_attention("auto", device, compute_dtype)[0], scheme)
+    switch = GroupSwitch(model.layers, meshes, select_attention("auto", device, compute_dtype)[0], scheme)
     results = []
     for step in range(steps):
         group = case.groups[step % len(case.groups)]
@@ -246,7 +248,9 @@ def pairwise() -> list[Case]:
 
 def name_of(case: Case) -> str:
     dtype = str(case.dtype).removeprefix("torch.float")
-    return f"{case.world_size} ranks-{case.scheme}-kv{case.kv_heads}-{case.ac_mode}-micro{case.micro_steps}{'' if case.sharded_accumulation else ' whole'}-fp{dtype}"
+    gradients = "" if case.sharded_accumulation else " whole"
+    name = f"{case.world_size} ranks-{case.scheme}-kv{case.kv_heads}-{case.ac_mode}-micro{case.micro_steps}{gradients}"
+    return f"{name}-fp{dtype}"
 
 
 @pytest.mark.parametrize("case", pairwise(), ids=name_of)
