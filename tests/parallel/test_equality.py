@@ -44,7 +44,7 @@ PACKS: tuple[tuple[int, ...], ...] = (
     (17, 3, 40, 5, 80, 9),
     (),  # a replica without work
 )
-# The same at four to eight times the length, for the slow tests.
+# The same at four to eight times the length, for eight ranks.
 LONG_PACKS = ((128, 128, 256), (1, 190, 3, 1, 190, 1, 126), (1,) * 40 + (300,), (1000,), (17, 3, 40, 5, 80, 9) * 4, ())
 
 
@@ -215,11 +215,15 @@ def assert_equal_training(case: Case, results: list[tuple[float, dict[str, Tenso
 
 
 def assert_close_in_bf16(case: Case, results: list[tuple[float, dict[str, Tensor]]]) -> None:
-    """bf16 keeps 8 bits, an error of 0.4% an operation: 0.5% of the loss, 3% of the whole gradient's norm."""
+    """Compare the loss within 0.1% and the whole gradient within 1.5% of its norm.
+
+    bf16 keeps 8 bits, an error of up to 0.4% an operation; 0.003% and 0.6% were seen. Gradients of gathered keys that do not add
+    up over the ranks make 3% to 5%, keys that are one row off 9% to 11%.
+    """
     for (loss, grads), (want_loss, want) in zip(results, reference(plain_case(case), len(results)), strict=True):
-        assert loss == pytest.approx(want_loss, rel=5e-3)
+        assert loss == pytest.approx(want_loss, rel=1e-3)
         got, whole = (torch.cat([some[name].flatten() for name in want]) for some in (grads, want))
-        assert (got - whole).norm() <= 3e-2 * whole.norm()
+        assert (got - whole).norm() <= 1.5e-2 * whole.norm()
 
 
 FACTORS = {
@@ -289,17 +293,15 @@ def test_the_full_product_equals_one_process(
             kv_heads=kv_heads,
             micro_steps=micro_steps,
             dtype=dtype,
-            pool=LONG_PACKS,
         )
-        assert_equal_training(case, ranks(world_size).run(train_job, case, 6)[0], TOLERANCE[dtype])
+        assert_equal_training(case, ranks(world_size).run(train_job, case, len(case.groups))[0], TOLERANCE[dtype])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ac_mode", ["off", "selective"])
 @pytest.mark.parametrize("scheme", FACTORS["scheme"])
-def test_eight_ranks_equal_one_process(ranks: Callable[[int], RankPool], scheme: str, ac_mode: str) -> None:
-    for kv_heads, micro_steps in itertools.product((1, 2, 4, 8), (1, 3)):
-        case = Case(world_size=8, scheme=scheme, ac_mode=ac_mode, kv_heads=kv_heads, micro_steps=micro_steps, pool=LONG_PACKS)
+def test_eight_ranks_equal_one_process(ranks: Callable[[int], RankPool], scheme: str) -> None:
+    for kv_heads, ac_mode in zip((1, 2, 4, 8), FACTORS["ac_mode"], strict=True):
+        case = Case(world_size=8, scheme=scheme, ac_mode=ac_mode, kv_heads=kv_heads, pool=LONG_PACKS)
         assert_equal_training(case, ranks(8).run(train_job, case, 4)[0], 1e-10)
 
 
