@@ -3,7 +3,8 @@
 NCCL refuses two ranks on one GPU, and gloo lacks most collectives of CUDA tensors. Here every collective is one all-gather of
 host copies; each rank makes its result of them and copies it back. That is slow, and the same for every device.
 
-Relies on how torch 2.11 and 2.13 let Python stand for a process group: methods are looked up by name from both Python and C++.
+Tried on torch 2.11 and 2.13 without a GPU: there host copies are the tensors themselves. It relies on how torch lets Python stand
+for a process group, whose methods Python and C++ look up by name.
 """
 
 from collections import Counter

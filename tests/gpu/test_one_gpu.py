@@ -5,7 +5,7 @@ several GPUs run: FSDP2 with bf16 compute and fp32 weights, CP degrees that chan
 DTensor's all-to-all for CUDA meshes, all-gathered keys, layers that recompute.
 
 On the host the same jobs run with the CUDA all-to-all forced (`tests.parallel.collectives`), and equal gloo's own.
-Those were run, on torch 2.13 and 2.11; nothing here has been run on a GPU yet.
+Those were run, on torch 2.13 and 2.11; nothing here has been run on a GPU yet: `pytest -m gpu tests/gpu`.
 """
 
 from collections import Counter
@@ -117,26 +117,32 @@ def test_staged_ranks_equal_gloo(staged_ranks: Callable[[int], RankPool], ranks:
             assert (grads[name] - want).norm() <= 1e-6 * want.norm(), name
 
 
-@DEVICES
-def test_selective_recomputation_repeats_no_all_to_all(staged_ranks: Callable[[int], RankPool], device: str) -> None:
-    """Two layers trade heads twice forward and twice backward; one of them recomputes."""
-
-    def all_to_alls(ac_mode: str) -> int:
-        case = Case(world_size=2, ac_mode=ac_mode, dtype=torch.float32, compute_dtype=torch.bfloat16)
-        _, calls = staged_ranks(2).run(train_staged_job, case, 2, device)[0]
-        return calls["all_to_all"]
-
-    all_to_alls("off")  # connects the ranks, once
-    assert {mode: all_to_alls(mode) for mode in ("off", "full", "selective")} == {"off": 8, "full": 10, "selective": 8}
-
-
 BF16 = {"dtype": torch.float32, "compute_dtype": torch.bfloat16}
 
 
-def test_bf16_ranks_on_the_host_equal_one_process(staged_ranks: Callable[[int], RankPool]) -> None:
-    """What the GPU's test does, where there is none."""
-    case = Case(scheme="both", ac_mode="selective", **BF16)
-    assert_close_in_bf16(case, staged_ranks(4).run(train_staged_job, case, 3, "cpu")[0][0])
+@DEVICES
+def test_selective_recomputation_repeats_no_all_to_all(staged_ranks: Callable[[int], RankPool], device: str) -> None:
+    """Two layers trade heads twice forward and twice backward; one of them recomputes."""
+    num_calls = {}
+    for ac_mode in ("off", "full", "selective"):
+        case = Case(world_size=2, ac_mode=ac_mode, **BF16)
+        staged_ranks(2).run(train_staged_job, case, 0, device)  # connects the ranks by an all-to-all
+        num_calls[ac_mode] = staged_ranks(2).run(train_staged_job, case, 2, device)[0][1]["all_to_all"]
+    assert num_calls == {"off": 8, "full": 10, "selective": 8}
+
+
+def assert_equal_one_process(pool: RankPool, case: Case, device: str) -> None:
+    """Compare with dense attention in fp32, within bf16's tolerance; all-to-alls run where heads are traded."""
+    pool.run(train_staged_job, case, 0, device)  # connects the ranks by an all-to-all
+    results, calls = pool.run(train_staged_job, case, 6, device)[0]
+    assert_close_in_bf16(case, results)
+    assert (calls["all_to_all"] > 0) == (case.scheme != "all_gather")
+
+
+@pytest.mark.parametrize("scheme", ["all_gather", "both"])
+def test_bf16_ranks_on_the_host_equal_one_process(staged_ranks: Callable[[int], RankPool], scheme: str) -> None:
+    """What the next test does, where there is no GPU; errors seen: 3e-5 of the loss, 0.6% of the gradient."""
+    assert_equal_one_process(staged_ranks(4), Case(scheme=scheme, ac_mode="selective", **BF16), "cpu")
 
 
 @pytest.mark.gpu
@@ -144,8 +150,6 @@ def test_bf16_ranks_on_the_host_equal_one_process(staged_ranks: Callable[[int], 
 @pytest.mark.parametrize("ac_mode", ["off", "full", "selective", "offload"])
 @pytest.mark.parametrize("scheme", ["ulysses", "all_gather", "both", "auto"])
 def test_bf16_ranks_on_one_gpu_equal_one_process(staged_ranks: Callable[[int], RankPool], scheme: str, ac_mode: str) -> None:
-    """Four ranks with the variable-length kernel; the reference is dense attention in fp32, within bf16's tolerance."""
+    """Four ranks with the variable-length kernel and three micro-steps a step."""
     case = Case(scheme=scheme, ac_mode=ac_mode, micro_steps=3, pool=LONG_PACKS, **BF16)
-    results, calls = staged_ranks(4).run(train_staged_job, case, 6, "cuda")[0]
-    assert (calls["all_to_all"] > 0) == (scheme != "all_gather")
-    assert_close_in_bf16(case, results)
+    assert_equal_one_process(staged_ranks(4), case, "cuda")

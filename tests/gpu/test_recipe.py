@@ -1,6 +1,6 @@
 """The recipe in one process on one GPU, under NCCL; on the host, where there is none, under gloo.
 
-The run on the host was made, on torch 2.13; the one on a GPU not yet.
+Run on the host, on torch 2.13 and 2.11; not yet on a GPU: `pytest -m gpu tests/gpu`.
 """
 
 from datetime import timedelta
