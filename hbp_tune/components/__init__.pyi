@@ -1,4 +1,5 @@
 from hbp_tune.components.config.build import build as build
+from hbp_tune.components.config.build import setting as setting
 from hbp_tune.components.config.packaged import run_recipe as run_recipe
 from hbp_tune.components.config.stock import check_config as check_config
 from hbp_tune.components.config.stock import is_stock_loss as is_stock_loss

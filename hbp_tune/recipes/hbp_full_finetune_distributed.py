@@ -73,6 +73,7 @@ from hbp_tune.components import (
     select_attention,
     select_context_parallel,
     separate_units,
+    setting,
     store_key,
 )
 
@@ -130,12 +131,12 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self._groups = tuple(build("groups", group) for group in cfg.groups)
         check_groups(self._groups, self.world_size)
         check_offload(self._groups, self._device.type)
-        self._planner = build("planner", cfg.planner) if cfg.get("planner") else BalancePlanner()
-        self._curriculum = build("curriculum", cfg.curriculum) if cfg.get("curriculum") else None
-        scheme = cfg.get("context_parallel") or "auto"
+        self._planner = build("planner", planner) if (planner := setting(cfg, "planner")) else BalancePlanner()
+        self._curriculum = build("curriculum", curriculum) if (curriculum := setting(cfg, "curriculum")) else None
+        scheme = setting(cfg, "context_parallel") or "auto"
         self._context_parallel = select_context_parallel(scheme) if isinstance(scheme, str) else build("context_parallel", scheme)
         self._loss = AveTokenLoss() if is_stock_loss(cfg) else build("loss", cfg.loss)
-        self._loss_head = build("loss_head", cfg.loss_head) if cfg.get("loss_head") else ForwardGradientHead()
+        self._loss_head = build("loss_head", loss_head) if (loss_head := setting(cfg, "loss_head")) else ForwardGradientHead()
 
         self.seed = training.set_seed(seed=cfg.get("seed"), debug_mode=cfg.get("cudnn_deterministic_mode"))
         self.global_step = 0
@@ -164,9 +165,9 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self._load_weights()
         self._optimizer = build("optimizer", cfg.optimizer, self._model.parameters())
         self._lr_scheduler = None
-        if cfg.get("lr_scheduler"):
+        if lr_scheduler := setting(cfg, "lr_scheduler"):
             total_steps = sum(self._steps_per_epoch)
-            self._lr_scheduler = build("lr_scheduler", cfg.lr_scheduler, self._optimizer, num_training_steps=total_steps)
+            self._lr_scheduler = build("lr_scheduler", lr_scheduler, self._optimizer, num_training_steps=total_steps)
         if position is not None:
             self._resume(position)
         layouts = [x for group in self._groups for x in self._context_parallel.layouts(self._decoder.heads, group.cp_degree)]
@@ -175,7 +176,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
         self._profiler = self._setup_profiler(cfg)
         if self._is_rank_zero:
-            self._metric_logger = build("metric_logger", cfg.metric_logger) if cfg.get("metric_logger") else None
+            metric_logger = setting(cfg, "metric_logger")
+            self._metric_logger = build("metric_logger", metric_logger) if metric_logger else None
             if self._metric_logger:
                 self._metric_logger.log_config(cfg)
 

@@ -63,6 +63,7 @@ from hbp_tune.components import (
     report_overlong,
     run_recipe,
     select_context_parallel,
+    setting,
     store_key,
     synthetic_lengths,
     write_plan,
@@ -96,9 +97,9 @@ class HBPPlanRecipe:
         self._groups = tuple(build("groups", group) for group in cfg.groups)
         self.world_size = cfg.get("world_size") or self._default_world_size()
         check_groups(self._groups, self.world_size)
-        self._planner = build("planner", cfg.planner) if cfg.get("planner") else BalancePlanner()
-        self._curriculum = build("curriculum", cfg.curriculum) if cfg.get("curriculum") else None
-        scheme = cfg.get("context_parallel") or "auto"
+        self._planner = build("planner", planner) if (planner := setting(cfg, "planner")) else BalancePlanner()
+        self._curriculum = build("curriculum", curriculum) if (curriculum := setting(cfg, "curriculum")) else None
+        scheme = setting(cfg, "context_parallel") or "auto"
         self._context_parallel = select_context_parallel(scheme) if isinstance(scheme, str) else build("context_parallel", scheme)
         self._baselines = _baseline_names(cfg.get("baselines"))
         self._epochs, self._max_steps = cfg.epochs, cfg.get("max_steps")

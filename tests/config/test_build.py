@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from hbp_tune.components import ISF, PackingGroup, build
+from hbp_tune.components import ISF, PackingGroup, build, setting
 from hbp_tune.components.planning.errors import ConfigError
 
 GROUP = "hbp_tune.components.PackingGroup"
@@ -14,6 +14,24 @@ def test_builds_with_arguments_of_the_caller() -> None:
     node = OmegaConf.create({"_component_": GROUP, "name": "short", "pack_len": 64})
     assert build("groups", node) == PackingGroup(name="short", pack_len=64)
     assert build("groups", node, ac_layers=2, pack_len=128) == PackingGroup(name="short", pack_len=128, ac_layers=2)
+
+
+def test_what_a_key_was_set_to() -> None:
+    """Merge overrides as torchtune's command line does: a key with a component takes a word as the component's name."""
+    planner, lines = {"_component_": "hbp_tune.components.BalancePlanner", "mode": "paper"}, {"plain": "auto", "empty": None}
+    cfg = OmegaConf.create({"planner": planner, "curriculum": dict(planner), "scheme": dict(planner), **lines})
+    cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist(["curriculum._component_=null", "scheme._component_=ulysses"]))
+    assert setting(cfg, "planner") == planner
+    assert [setting(cfg, key) for key in ("curriculum", "scheme", "plain", "empty", "absent")] == [
+        None,
+        "ulysses",
+        "auto",
+        None,
+        None,
+    ]
+    cfg.planner.pop("_component_")
+    with pytest.raises(ConfigError, match=r"config key 'planner' \(no _component_\) cannot be built"):
+        build("planner", setting(cfg, "planner"))
 
 
 def test_components_inside_components_are_built_first() -> None:

@@ -284,6 +284,7 @@ def test_stock_losses() -> None:
     assert is_stock_loss(settings())
     assert is_stock_loss(settings(loss={"_component_": chunked, "num_output_chunks": 4}))
     assert is_stock_loss(settings(loss={"_component_": "torch.nn.CrossEntropyLoss"}))
+    assert is_stock_loss(settings(loss={"_component_": None}))
     assert not is_stock_loss(settings(loss={"_component_": "hbp_tune.components.AveTokenLoss"}))
     with pytest.raises(
         ConfigError, match=r"loss.ignore_index of \S+CEWithChunkedOutputLoss .*; use hbp_tune.components.AveTokenLoss"

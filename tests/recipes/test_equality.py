@@ -59,9 +59,10 @@ def test_context_parallel_equals_the_same_plan_without_it(two_rank_run: Any, ran
     assert_same_training(steps, without)
 
 
-@pytest.mark.parametrize("scheme", ["ulysses", "all_gather", "auto"])
+# The second as torchtune's command line gives context_parallel=all_gather where the file has a component.
+@pytest.mark.parametrize("scheme", ["ulysses", {"_component_": "all_gather"}, "auto"], ids=str)
 def test_four_ranks_with_repeated_kv_heads_equal_one_process(
-    ranks: Callable[[int], RankPool], tmp_path: Path, scheme: str
+    ranks: Callable[[int], RankPool], tmp_path: Path, scheme: Any
 ) -> None:
     lengths = [*mixed_lengths(60, 1024, seed=2), *range(300, 500, 20)]
     cfg = recipe_config(tmp_path, lengths, FOUR_RANKS, context_parallel=scheme)

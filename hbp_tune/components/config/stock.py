@@ -138,7 +138,7 @@ def is_stock_loss(cfg: Mapping[str, Any]) -> bool:
         ConfigError: a stock loss with arguments that would change its meaning.
     """
     loss = cfg.get("loss")
-    if loss is None:
+    if loss is None or ("_component_" in loss and loss["_component_"] is None):  # loss=null, where the file has a component
         return True
     if loss.get("_component_") not in _STOCK_LOSSES:
         return False
