@@ -1,10 +1,16 @@
 """Fixtures that every room's tests share."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.ranks import RankPool
+
+
+def pytest_configure() -> None:
+    # Compile kernels in the process that asks: a rank that was forked would wait for the helpers of its parent for ever.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
