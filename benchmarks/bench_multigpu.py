@@ -39,7 +39,7 @@ from hbp_tune.components.data.batch import Spans
 from hbp_tune.components.parallel.context_parallel import ContextParallel
 from hbp_tune.components.planning.exchange import moved_heads
 from hbp_tune.components.planning.memory import DecoderShape
-from hbp_tune.components.planning.sharding import share_out
+from hbp_tune.components.planning.sharding import share_of_rank
 
 SCHEMES: dict[str, ContextParallel] = {"ulysses": Ulysses(), "all_gather": AllGatherKV(), "auto": AutoContextParallel()}
 
@@ -91,7 +91,7 @@ def exchange(scheme: ContextParallel, cp_degree: int, shape: DecoderShape, size:
     heads = AttentionHeads(query=shape.num_heads, kv=shape.num_kv_heads)
     degrees = scheme.layout(heads, cp_degree, [size.long_len], size.long_len)
     mesh = build_cp_meshes(scheme.layouts(heads, cp_degree), on.type)[degrees]
-    part = share_out([size.long_len], size.long_len, degrees.gather)[dist.get_rank() % cp_degree // degrees.ulysses]
+    part, _ = share_of_rank([size.long_len], size.long_len, degrees, dist.get_rank() % cp_degree)
     spans = Spans.of_part(part).map(lambda tensor: tensor.to(on))
     dtype = torch.bfloat16 if on.type == "cuda" else torch.float32
     counts = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)

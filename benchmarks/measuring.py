@@ -20,7 +20,7 @@ from torchtune.models.llama3 import llama3
 from hbp_tune.components import CpDegrees, ModelShape, PackBatch, PackingGroup, read_lengths, synthetic_lengths
 from hbp_tune.components.data.batch import IGNORE_INDEX, Spans
 from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER, DecoderShape
-from hbp_tune.components.planning.sharding import local_rows, share_out
+from hbp_tune.components.planning.sharding import share_of_rank
 
 # Vendors' dense bf16 peaks in TFLOP/s, the first name that the device's contains.
 PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}
@@ -122,9 +122,7 @@ def pack_batch(
     """One rank's part of a full pack of random tokens; labels are the tokens themselves, each the next one's."""
     assert sum(doc_lens) == group.pack_len, "benchmarks fill their packs"
     degrees = degrees or CpDegrees(ulysses=group.cp_degree)
-    gather_rank, ulysses_rank = divmod(cp_rank, degrees.ulysses)
-    part = share_out(doc_lens, group.pack_len, degrees.gather)[gather_rank]
-    rows = torch.from_numpy(local_rows(part, ulysses_rank, degrees.ulysses))
+    part, rows = share_of_rank(doc_lens, group.pack_len, degrees, cp_rank)
     tokens = torch.randint(vocab_size, (group.pack_len,), generator=torch.Generator().manual_seed(0))
     labels = tokens.roll(-1)
     labels[torch.tensor(doc_lens).cumsum(0) - 1] = IGNORE_INDEX

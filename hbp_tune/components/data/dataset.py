@@ -11,7 +11,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from hbp_tune.components.data.batch import IGNORE_INDEX, PackBatch, Spans
 from hbp_tune.components.data.store import TokenStore
 from hbp_tune.components.planning.records import EpochPlan
-from hbp_tune.components.planning.sharding import CpDegrees, local_rows, padded_len, share_out
+from hbp_tune.components.planning.sharding import CpDegrees, padded_len, share_of_rank
 
 # How a pack's ranks divide attention, from (cp_degree, doc_lens, padded); every rank of the pack decides the same.
 Layout = Callable[[int, Sequence[int], int], CpDegrees]
@@ -73,9 +73,7 @@ class HierarchicalPackedDataset(Dataset[PackBatch]):
         positions[:num_tokens] = np.arange(num_tokens) - np.repeat(ends - doc_lens, doc_lens)
 
         degrees = self._layout(pack.group.cp_degree, doc_lens, slots)
-        gather_rank, ulysses_rank = divmod(pack.cp_rank, degrees.ulysses)
-        part = share_out(doc_lens, slots, degrees.gather)[gather_rank]
-        rows = local_rows(part, ulysses_rank, degrees.ulysses)
+        part, rows = share_of_rank(doc_lens, slots, degrees, pack.cp_rank)
         return PackBatch(
             tokens=torch.from_numpy(padded[rows])[None],
             labels=torch.from_numpy(labels[rows])[None],

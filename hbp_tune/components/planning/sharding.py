@@ -125,6 +125,20 @@ def local_rows(part: PackPart, ulysses_rank: int, ulysses_degree: int) -> NDArra
     return part.rows[ulysses_rank * local_len : (ulysses_rank + 1) * local_len]
 
 
+def share_of_rank(doc_lens: Sequence[int], padded: int, degrees: CpDegrees, cp_rank: int) -> tuple[PackPart, NDArray[np.int64]]:
+    """Give the part of a pack that a rank of its CP group attends with, and the pack's rows that it holds, ``int64[local_len]``.
+
+    Args:
+        doc_lens: the documents' tokens, in pack order.
+        padded: rows of the pack.
+        degrees: how the group's ranks divide attention, and with it how they are numbered.
+        cp_rank: of the rank, in its CP group.
+    """
+    gather_rank, ulysses_rank = divmod(cp_rank, degrees.ulysses)
+    part = share_out(doc_lens, padded, degrees.gather)[gather_rank]
+    return part, local_rows(part, ulysses_rank, degrees.ulysses)
+
+
 def _assign_runs(doc_lens: Sequence[int], part_len: int, num_parts: int) -> list[list[_Run]]:
     """Give every part its runs, cut ones first and padding last, ``part_len`` rows in all."""
     starts = np.cumsum([0, *doc_lens]).tolist()
