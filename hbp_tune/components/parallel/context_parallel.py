@@ -4,6 +4,7 @@ Schemes differ in how they divide attention over the ranks of a CP group (`CpDeg
 all-gathered keys and values, or by both. One function runs them all.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -62,8 +63,16 @@ class ContextParallel(Protocol):
         ...
 
 
-class _DividedAttention:
+class _DividedAttention(ABC):
     """What all schemes run: heads are traded inside the Ulysses axis, keys and values gathered along the other."""
+
+    @abstractmethod
+    def layouts(self, heads: AttentionHeads, cp_degree: int) -> Sequence[CpDegrees]:
+        """Give every layout that may be chosen; see `ContextParallel`."""
+
+    def layout(self, heads: AttentionHeads, cp_degree: int, doc_lens: Sequence[int], padded: int) -> CpDegrees:
+        """Choose the only layout, whatever the documents; see `ContextParallel`."""
+        return self.layouts(heads, cp_degree)[0]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mesh: CpMesh, attention: Attention, spans: Spans) -> Tensor:
         """Attend; see `ContextParallel`."""
@@ -87,10 +96,6 @@ class Ulysses(_DividedAttention):
         """All ranks divide the heads; see `ContextParallel`."""
         return (CpDegrees(ulysses=cp_degree),)
 
-    def layout(self, heads: AttentionHeads, cp_degree: int, doc_lens: Sequence[int], padded: int) -> CpDegrees:
-        """All ranks divide the heads; see `ContextParallel`."""
-        return CpDegrees(ulysses=cp_degree)
-
 
 class AllGatherKV(_DividedAttention):
     """Each rank attends with its own queries to the gathered keys and values (as Llama 3 was trained, Dubey et al. 2024).
@@ -101,10 +106,6 @@ class AllGatherKV(_DividedAttention):
     def layouts(self, heads: AttentionHeads, cp_degree: int) -> Sequence[CpDegrees]:
         """All ranks divide the queries; see `ContextParallel`."""
         return (CpDegrees(gather=cp_degree),)
-
-    def layout(self, heads: AttentionHeads, cp_degree: int, doc_lens: Sequence[int], padded: int) -> CpDegrees:
-        """All ranks divide the queries; see `ContextParallel`."""
-        return CpDegrees(gather=cp_degree)
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,6 @@ class UlyssesAllGather(_DividedAttention):
                 f"context_parallel to auto"
             )
         return (CpDegrees(ulysses=ulysses, gather=cp_degree // ulysses),)
-
-    def layout(self, heads: AttentionHeads, cp_degree: int, doc_lens: Sequence[int], padded: int) -> CpDegrees:
-        """Divide heads by ``ulysses_degree`` and queries by the rest; see `ContextParallel`."""
-        return self.layouts(heads, cp_degree)[0]
 
 
 class AutoContextParallel(_DividedAttention):

@@ -42,7 +42,26 @@ class LossHead(Protocol):
         ...
 
 
-class ForwardGradientHead:
+class _ChunkedHead:
+    """What the heads share that are plain torch: chunks of tokens, any device, any weights.
+
+    Raises:
+        ConfigError: ``chunk_tokens`` is below 1.
+    """
+
+    def __init__(self, chunk_tokens: int | None = None) -> None:
+        if chunk_tokens is not None and chunk_tokens < 1:
+            raise ConfigError(f"loss_head.chunk_tokens={chunk_tokens} must be at least 1; leave it out to fit it to the model")
+        self._chunk_tokens = chunk_tokens
+
+    def check(self, device: torch.device, document_weights: NDArray[np.float64], pack_of_sample: NDArray[np.int64]) -> None:
+        """Serve every device and all weights."""
+
+    def _chunk_sizes(self, num_tokens: int, weight: Tensor) -> list[int]:
+        return _chunk_sizes(num_tokens, self._chunk_tokens or _fitting_chunk_tokens(weight))
+
+
+class ForwardGradientHead(_ChunkedHead):
     """Computes the gradients of each chunk of tokens in the forward, while its logits are there; the default.
 
     Logits are made once and one chunk's are alive at a time. The gradient of the weight is summed over chunks in fp32.
@@ -51,37 +70,25 @@ class ForwardGradientHead:
         chunk_tokens: most tokens of a chunk; fitted to the weight's shape where left out.
     """
 
-    def __init__(self, chunk_tokens: int | None = None) -> None:
-        self._chunk_tokens = _check_chunk_tokens(chunk_tokens)
-
-    def check(self, device: torch.device, document_weights: NDArray[np.float64], pack_of_sample: NDArray[np.int64]) -> None:
-        """Serve every device and all weights."""
-
     def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
         """Give the weighted sum of token losses; see `LossHead`. It can be differentiated once."""
         rows = [x.squeeze(0) for x in (hidden, labels, loss_weights)]
-        sizes = _chunk_sizes(len(rows[0]), self._chunk_tokens or _fitting_chunk_tokens(weight))
+        sizes = self._chunk_sizes(len(rows[0]), weight)
         apply: Any = _ForwardGradient.apply  # torch leaves it untyped
         loss: Tensor = apply(rows[0], weight, *rows[1:], sizes, torch.is_grad_enabled())
         return loss
 
 
-class RecomputedHead:
+class RecomputedHead(_ChunkedHead):
     """Makes each chunk's logits again in the backward: plain autograd, for one more matrix product.
 
     Args:
         chunk_tokens: most tokens of a chunk; fitted to the weight's shape where left out.
     """
 
-    def __init__(self, chunk_tokens: int | None = None) -> None:
-        self._chunk_tokens = _check_chunk_tokens(chunk_tokens)
-
-    def check(self, device: torch.device, document_weights: NDArray[np.float64], pack_of_sample: NDArray[np.int64]) -> None:
-        """Serve every device and all weights."""
-
     def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
         """Give the weighted sum of token losses; see `LossHead`."""
-        sizes = _chunk_sizes(hidden.shape[1], self._chunk_tokens or _fitting_chunk_tokens(weight))
+        sizes = self._chunk_sizes(hidden.shape[1], weight)
         chunks = zip(*(x.squeeze(0).split(sizes) for x in (hidden, labels, loss_weights)), strict=True)
         losses = [
             checkpoint(_chunk_loss, h, weight, y, w, use_reentrant=False, preserve_rng_state=False)  # nothing is random
@@ -197,12 +204,6 @@ def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Te
     logits = F.linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return (F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none") * loss_weights).sum()
-
-
-def _check_chunk_tokens(chunk_tokens: int | None) -> int | None:
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ConfigError(f"loss_head.chunk_tokens={chunk_tokens} must be at least 1; leave it out to fit it to the model")
-    return chunk_tokens
 
 
 def _fitting_chunk_tokens(weight: Tensor) -> int:
