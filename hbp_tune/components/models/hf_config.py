@@ -1,7 +1,6 @@
 """What Hugging Face's config.json says of positions, beside the model that is trained: rotary embeddings are no weights."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +11,7 @@ from torchtune.models.phi3 import Phi3RotaryPositionalEmbeddings
 from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules import RotaryPositionalEmbeddings
 
-from hbp_tune.components.models.rope import YarnRotaryPositionalEmbeddings
+from hbp_tune.components.models.rope import BETA_FAST, BETA_SLOW, YarnRotaryPositionalEmbeddings, default_attention_factor
 from hbp_tune.components.planning.errors import ConfigError
 
 _PLAIN = (RotaryPositionalEmbeddings, Qwen2RotaryPositionalEmbeddings, Phi3RotaryPositionalEmbeddings)
@@ -97,8 +96,8 @@ def _meaning(scaling: dict[str, Any], max_position_embeddings: int) -> dict[str,
         return {}
     values: dict[str, Any] = {"original_max_position_embeddings": max_position_embeddings}
     if kind == "yarn":
-        values |= {"beta_fast": 32, "beta_slow": 1, "truncate": True}
-        values["attention_factor"] = 0.1 * math.log(scaling.get("factor") or 1) + 1.0
+        values |= {"beta_fast": BETA_FAST, "beta_slow": BETA_SLOW, "truncate": True}
+        values["attention_factor"] = default_attention_factor(scaling.get("factor") or 1)
     names = scaling.keys() - {"rope_type", "type", *_BESIDE_SCALING}
     return values | {name: scaling[name] for name in names if scaling[name] is not None} | {"rope_type": kind}
 

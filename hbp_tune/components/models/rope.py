@@ -11,7 +11,13 @@ from torchtune.modules import TransformerDecoder
 
 from hbp_tune.components.planning.errors import ConfigError
 
-_BETA_FAST, _BETA_SLOW = 32.0, 1.0
+# The paper's choice for Llama, and transformers' defaults.
+BETA_FAST, BETA_SLOW = 32.0, 1.0
+
+
+def default_attention_factor(factor: float) -> float:
+    """Give the paper's factor of cos and sin for a stretch by ``factor``; transformers' default too."""
+    return 0.1 * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +37,8 @@ class Yarn:
 
     factor: float
     original_max_position_embeddings: int
-    beta_fast: float = _BETA_FAST
-    beta_slow: float = _BETA_SLOW
+    beta_fast: float = BETA_FAST
+    beta_slow: float = BETA_SLOW
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
@@ -48,7 +54,7 @@ class Yarn:
         if not 0 < self.beta_slow < self.beta_fast:
             raise ConfigError(
                 f"YaRN beta_slow={self.beta_slow} must be above 0 and below beta_fast={self.beta_fast}; "
-                f"leave both out for {_BETA_SLOW:g} and {_BETA_FAST:g}"
+                f"leave both out for {BETA_SLOW:g} and {BETA_FAST:g}"
             )
         if self.attention_factor is not None and self.attention_factor <= 0:
             raise ConfigError(
@@ -63,7 +69,7 @@ class Yarn:
     @property
     def cos_sin_factor(self) -> float:
         """What cos and sin are multiplied by."""
-        return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
+        return default_attention_factor(self.factor) if self.attention_factor is None else self.attention_factor
 
     def inverse_frequencies(self, dim: int, base: float) -> Tensor:
         """Give the angles between neighbouring positions on the default device, ``float32[dim // 2]``.
@@ -90,7 +96,7 @@ class Yarn:
             "factor": float(self.factor),
             "original_max_position_embeddings": self.original_max_position_embeddings,
         }
-        if (self.beta_fast, self.beta_slow) != (_BETA_FAST, _BETA_SLOW):
+        if (self.beta_fast, self.beta_slow) != (BETA_FAST, BETA_SLOW):
             scaling |= {"beta_fast": float(self.beta_fast), "beta_slow": float(self.beta_slow)}
         if self.attention_factor is not None:
             scaling["attention_factor"] = float(self.attention_factor)
@@ -125,8 +131,8 @@ def with_yarn(
     model: TransformerDecoder,
     factor: float,
     original_max_position_embeddings: int | None = None,
-    beta_fast: float = _BETA_FAST,
-    beta_slow: float = _BETA_SLOW,
+    beta_fast: float = BETA_FAST,
+    beta_slow: float = BETA_SLOW,
     attention_factor: float | None = None,
 ) -> TransformerDecoder:
     """Let a Qwen2 or Qwen2.5 decoder encode ``factor`` times its positions, in place.
