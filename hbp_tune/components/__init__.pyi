@@ -1,10 +1,10 @@
 from hbp_tune.components.config.build import build as build
-from hbp_tune.components.config.build import setting as setting
 from hbp_tune.components.config.packaged import run_recipe as run_recipe
 from hbp_tune.components.config.stock import check_config as check_config
 from hbp_tune.components.config.stock import is_stock_loss as is_stock_loss
 from hbp_tune.components.config.stock import local_files as local_files
 from hbp_tune.components.config.stock import missing_tokenizer_files as missing_tokenizer_files
+from hbp_tune.components.config.stock import setting as setting
 from hbp_tune.components.data.batch import PackBatch as PackBatch
 from hbp_tune.components.data.dataset import HierarchicalPackedDataset as HierarchicalPackedDataset
 from hbp_tune.components.data.dataset import pack_loader as pack_loader

@@ -38,18 +38,6 @@ def build(key: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
         ) from error
 
 
-def setting(cfg: DictConfig, key: str) -> Any:
-    """Give what a key was set to: a node to build, a word, or None where it is left out or null.
-
-    On the command line torchtune takes ``key=word`` for ``key._component_=word`` where the file has a component.
-    """
-    node = cfg.get(key)
-    if not OmegaConf.is_dict(node) or "_component_" not in node:
-        return node
-    component = node["_component_"]
-    return node if component is not None and "." in component else component
-
-
 def _with_built_arguments(key: str, node: DictConfig) -> DictConfig:
     if not OmegaConf.is_dict(node):
         return node  # torchtune says what is wrong with it

@@ -131,16 +131,28 @@ def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> 
             raise ConfigError(f"dataset {index}: packed=True has no place here, remove it: groups decide how samples are packed")
 
 
+def setting(cfg: Mapping[str, Any], key: str) -> Any:
+    """Give what a key was set to: a node to build, a word, or None where it is left out or null.
+
+    On the command line torchtune takes ``key=word`` for ``key._component_=word`` where the file has a component.
+    """
+    node: Any = cfg.get(key)
+    if not hasattr(node, "keys") or "_component_" not in node:
+        return node
+    component = node["_component_"]
+    return node if component is not None and "." in component else component
+
+
 def is_stock_loss(cfg: Mapping[str, Any]) -> bool:
     """Tell whether the loss is one of torchtune's whose meaning is `AveTokenLoss`, or left out.
 
     Raises:
         ConfigError: a stock loss with arguments that would change its meaning.
     """
-    loss = cfg.get("loss")
-    if loss is None or ("_component_" in loss and loss["_component_"] is None):  # loss=null, where the file has a component
+    loss = setting(cfg, "loss")
+    if loss is None:
         return True
-    if loss.get("_component_") not in _STOCK_LOSSES:
+    if not hasattr(loss, "keys") or loss.get("_component_") not in _STOCK_LOSSES:
         return False
     if extra := [key for key in loss if key not in ("_component_", "num_output_chunks")]:
         raise ConfigError(f"loss.{extra[0]} of {loss['_component_']} has no place here; use hbp_tune.components.AveTokenLoss")
