@@ -14,6 +14,7 @@ from torchtune import config, training
 from hbp_tune.components import BalancePlanner, CostModel, EpochPlan, PackingGroup, model_shape
 from hbp_tune.demo.model import TinyLlama, build, write_checkpoint
 from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed
+from tests.parallel.packs import block_causal
 
 # Small enough that twenty steps take seconds; 4 query and 2 KV heads.
 SHAPE = TinyLlama(
@@ -198,11 +199,9 @@ def train_reference(
 def _dense_loss(model: nn.Module, samples: list[dict[str, Any]]) -> tuple[torch.Tensor, int]:
     """Sum the token losses of documents in one pack, under a dense mask, shifting labels inside each document."""
     lens = [len(sample["tokens"]) for sample in samples]
-    doc_ids = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens))
-    mask = (doc_ids[:, None] == doc_ids[None]) & torch.ones(len(doc_ids), len(doc_ids), dtype=torch.bool).tril()
     logits = model(
         torch.tensor([token for sample in samples for token in sample["tokens"]])[None],
-        mask=mask[None],
+        mask=block_causal(lens)[None],
         input_pos=torch.cat([torch.arange(n) for n in lens])[None],
     )[0]
     labels = torch.tensor([label for sample in samples for label in [*sample["labels"][1:], -100]])

@@ -11,6 +11,13 @@ from torch.distributed.tensor import placement_types
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+def collective_name(func: Any) -> str | None:
+    """The name of an operator that communicates; waiting and wrapping move nothing."""
+    namespace, name = func.name().partition(".")[0].split("::")
+    is_one = namespace in ("_c10d_functional", "_dtensor") and name not in ("wait_tensor", "_wrap_tensor_autograd")
+    return name if is_one else None
+
+
 class CollectiveCounter(TorchDispatchMode):
     """Counts collectives by name, and the elements that this rank receives from others in them."""
 
@@ -21,10 +28,7 @@ class CollectiveCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        namespace, name = func.name().split("::")
-        name = name.split(".")[0]
-        # Waiting and wrapping move nothing.
-        if namespace in ("_c10d_functional", "_dtensor") and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+        if name := collective_name(func):
             assert isinstance(args[0], Tensor)
             sent = args[0].numel()
             if name == "all_gather_into_tensor":

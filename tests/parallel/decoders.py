@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.models.llama3_1 import llama3_1
 
 from hbp_tune.components import DecoderParts, adapt_decoder
+from tests.parallel.collectives import collective_name
 
 NUM_LAYERS = 4
 
@@ -36,10 +37,10 @@ class OperatorCounter(TorchDispatchMode):
         return True  # else torch would run compiled layers eagerly while it counts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, name = func.name().split("::")
+        name = func.name().split("::")[1]
         self.attention += name.startswith("_scaled_dot_product") and "backward" not in name
-        if namespace in ("_c10d_functional", "_dtensor") and "wait" not in name and "wrap" not in name:
-            self.collectives[name] += 1
+        if collective := collective_name(func):
+            self.collectives[collective] += 1
         return func(*args, **(kwargs or {}))
 
 

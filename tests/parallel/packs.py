@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hbp_tune.components import CpDegrees
+from hbp_tune.components import CpDegrees, PackBatch, PackingGroup
 from hbp_tune.components.data.batch import Spans
-from hbp_tune.components.planning.sharding import local_rows, share_out
+from hbp_tune.components.planning.sharding import share_of_rank, share_out
+
+VOCAB = 64
 
 
 def spans_of(doc_lens: Sequence[int]) -> Spans:
@@ -18,9 +20,8 @@ def spans_of(doc_lens: Sequence[int]) -> Spans:
 
 def rank_view(doc_lens: Sequence[int], padded: int, degrees: CpDegrees, cp_rank: int) -> tuple[Tensor, Spans]:
     """The rows of a pack that a rank of the CP group holds, and what it attends to."""
-    gather_rank, ulysses_rank = divmod(cp_rank, degrees.ulysses)
-    part = share_out(doc_lens, padded, degrees.gather)[gather_rank]
-    return torch.from_numpy(local_rows(part, ulysses_rank, degrees.ulysses)), Spans.of_part(part)
+    part, rows = share_of_rank(doc_lens, padded, degrees, cp_rank)
+    return torch.from_numpy(rows), Spans.of_part(part)
 
 
 def qkv(
@@ -29,6 +30,35 @@ def qkv(
     generator = torch.Generator().manual_seed(seed)
     shapes = [(num_tokens, h, head_dim) for h in (heads, kv_heads, kv_heads)]
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def pack_tensors(doc_lens: Sequence[int], padded: int, seed: int) -> dict[str, Tensor]:
+    """Random tokens and weights of a whole pack; every third label does not count, nor does padding."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, VOCAB, (padded,), generator=generator)
+    labels = torch.roll(tokens, -1)
+    labels[::3] = -100
+    labels[torch.tensor(doc_lens, dtype=torch.long).cumsum(0) - 1] = -100
+    labels[sum(doc_lens) :] = -100
+    weights = torch.rand(padded, generator=generator) * (labels != -100)
+    positions = torch.cat([*(torch.arange(n) for n in doc_lens), torch.zeros(padded - sum(doc_lens), dtype=torch.long)])
+    return {"tokens": tokens, "labels": labels, "loss_weights": weights, "input_pos": positions}
+
+
+def batch_of(
+    whole: dict[str, Tensor], doc_lens: Sequence[int], group: PackingGroup, degrees: CpDegrees, cp_rank: int
+) -> PackBatch:
+    """The batch that a rank of the CP group holds of a pack, all of a step."""
+    rows, spans = rank_view(doc_lens, len(whole["tokens"]), degrees, cp_rank)
+    return PackBatch(
+        **{name: tensor[rows][None] for name, tensor in whole.items()},
+        spans=spans,
+        degrees=degrees,
+        group=group,
+        num_tokens=sum(doc_lens),
+        step=0,
+        is_last_micro_step=True,
+    )
 
 
 def block_causal(doc_lens: Sequence[int]) -> Tensor:

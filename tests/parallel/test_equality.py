@@ -30,11 +30,11 @@ from hbp_tune.components.parallel.context_parallel import ContextParallel, Ulyss
 from hbp_tune.components.parallel.mesh import CpMeshes
 from hbp_tune.components.planning.exchange import AttentionHeads
 from hbp_tune.components.planning.sharding import padded_len
-from tests.parallel.packs import dense, rank_view
+from tests.parallel.packs import batch_of, dense, pack_tensors
 from tests.parallel.toy_decoder import ToyDecoder, build_toy
 from tests.ranks import RankPool
 
-VOCAB, HEADS = 64, 8
+HEADS = 8
 # Documents that start, end and cross at the borders of shards, of one token, long and short together, one that fills a pack.
 PACKS: tuple[tuple[int, ...], ...] = (
     (32, 32, 64),
@@ -82,19 +82,6 @@ def scheme_of(name: str) -> ContextParallel:
     return UlyssesAllGather(ulysses_degree=2) if name == "both" else select_context_parallel(name)
 
 
-def pack_tensors(doc_lens: Sequence[int], padded: int, seed: int) -> dict[str, Tensor]:
-    """Random tokens and weights of a whole pack; every third label does not count, nor does padding."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, VOCAB, (padded,), generator=generator)
-    labels = torch.roll(tokens, -1)
-    labels[::3] = -100
-    labels[torch.tensor(doc_lens, dtype=torch.long).cumsum(0) - 1] = -100
-    labels[sum(doc_lens) :] = -100
-    weights = torch.rand(padded, generator=generator) * (labels != -100)
-    positions = torch.cat([*(torch.arange(n) for n in doc_lens), torch.zeros(padded - sum(doc_lens), dtype=torch.long)])
-    return {"tokens": tokens, "labels": labels, "loss_weights": weights, "input_pos": positions}
-
-
 def batches_of(case: Case, group: PackingGroup, step: int, scheme: ContextParallel, rank: int) -> Iterator[PackBatch]:
     """Build this rank's batches of a step by hand."""
     heads = AttentionHeads(query=case.heads, kv=case.kv_heads)
@@ -104,17 +91,9 @@ def batches_of(case: Case, group: PackingGroup, step: int, scheme: ContextParall
         doc_lens = replicas[replica]
         padded = padded_len(sum(doc_lens), group.cp_degree, group.pack_len)
         degrees = scheme.layout(heads, group.cp_degree, doc_lens, padded)
-        rows, spans = rank_view(doc_lens, padded, degrees, cp_rank)
         whole = pack_tensors(doc_lens, padded, seed=100 * step + 10 * micro_step + replica)
-        yield PackBatch(
-            **{name: tensor[rows][None] for name, tensor in whole.items()},
-            spans=spans,
-            degrees=degrees,
-            group=group,
-            num_tokens=sum(doc_lens),
-            step=step,
-            is_last_micro_step=micro_step == len(packs) - 1,
-        )
+        batch = batch_of(whole, doc_lens, group, degrees, cp_rank)
+        yield replace(batch, step=step, is_last_micro_step=micro_step == len(packs) - 1)
 
 
 MESHES: defaultdict[str, CpMeshes] = defaultdict(dict)  # by device type

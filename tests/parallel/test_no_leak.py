@@ -11,7 +11,6 @@ from torch import Tensor
 from hbp_tune.components import (
     CpDegrees,
     GroupSwitch,
-    PackBatch,
     PackingGroup,
     Ulysses,
     build_cp_meshes,
@@ -19,8 +18,7 @@ from hbp_tune.components import (
     sdpa_per_document,
 )
 from hbp_tune.components.planning.sharding import padded_len
-from tests.parallel.packs import rank_view
-from tests.parallel.test_equality import pack_tensors
+from tests.parallel.packs import batch_of, pack_tensors, rank_view
 from tests.parallel.toy_decoder import build_toy
 from tests.ranks import RankPool
 
@@ -40,7 +38,7 @@ def train_twice_job(degrees: CpDegrees, doc_lens: tuple[int, ...], ac_mode: str)
     make_checkpointable(model.layers)
     switch = GroupSwitch(model.layers, MESHES, sdpa_per_document, Ulysses())
     padded = padded_len(sum(doc_lens), group.cp_degree, group.pack_len)
-    rows, spans = rank_view(doc_lens, padded, degrees, dist.get_rank())
+    rows, _ = rank_view(doc_lens, padded, degrees, dist.get_rank())
     whole = pack_tensors(doc_lens, padded, seed=3)
     changed = slice(sum(doc_lens[:CHANGED]), sum(doc_lens[: CHANGED + 1]))
     whole["loss_weights"][changed] = 0.0
@@ -48,15 +46,7 @@ def train_twice_job(degrees: CpDegrees, doc_lens: tuple[int, ...], ac_mode: str)
     seen: list[Tensor] = []
     model.norm.register_forward_hook(lambda module, args, out: seen.append(out.detach()[0]))
     for _ in range(2):
-        batch = PackBatch(
-            **{name: tensor[rows][None] for name, tensor in whole.items()},
-            spans=spans,
-            degrees=degrees,
-            group=group,
-            num_tokens=sum(doc_lens),
-            step=0,
-            is_last_micro_step=True,
-        )
+        batch = batch_of(whole, doc_lens, group, degrees, dist.get_rank())
         model(
             batch.tokens,
             mask=switch.activate(batch),
