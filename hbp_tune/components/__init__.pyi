@@ -88,6 +88,10 @@ from hbp_tune.components.reporting.tables import print_lengths as print_lengths
 from hbp_tune.components.reporting.tables import print_metrics as print_metrics
 from hbp_tune.components.reporting.tables import print_plan as print_plan
 from hbp_tune.components.training.loss import AveTokenLoss as AveTokenLoss
+from hbp_tune.components.training.loss import LongAlignLoss as LongAlignLoss
+from hbp_tune.components.training.loss import SampleMeanLoss as SampleMeanLoss
+from hbp_tune.components.training.loss import SumLoss as SumLoss
+from hbp_tune.components.training.loss import TokenMeanLoss as TokenMeanLoss
 from hbp_tune.components.training.progress import Position as Position
 from hbp_tune.components.training.progress import ProgressSaver as ProgressSaver
 from hbp_tune.components.training.progress import RunIdentity as RunIdentity
