@@ -1,5 +1,6 @@
 """Components for test configurations, and the plain reference that recipes are compared with."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,23 +172,34 @@ def plan_of(cfg: DictConfig, world_size: int, epoch: int = 0) -> tuple[EpochPlan
     return plan, dataset
 
 
+TokenLosses = list[list[list[torch.Tensor]]]
+
+
+def mean_over_targets(losses: TokenLosses) -> torch.Tensor:
+    """Reduce a step's token losses, by micro-step, pack and sample, to their mean."""
+    return torch.cat([sample for packs in losses for samples in packs for sample in samples]).mean()
+
+
 def train_reference(
-    cfg: DictConfig, plan: EpochPlan, dataset: RandomTokens, *, shape: TinyLlama = SHAPE
+    cfg: DictConfig,
+    plan: EpochPlan,
+    dataset: RandomTokens,
+    *,
+    shape: TinyLlama = SHAPE,
+    reduce: Callable[[TokenLosses], torch.Tensor] = mean_over_targets,
 ) -> list[dict[str, float]]:
-    """Train torchtune's stock model in one process: a dense block-causal mask for every pack, the mean over a step's targets."""
+    """Train torchtune's stock model in one process: a dense block-causal mask for every pack, and a formula for the loss."""
     model = build(shape)
     model.load_state_dict(config.instantiate(cfg.checkpointer).load_checkpoint()[training.MODEL_KEY])
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.optimizer.lr)
     steps = []
     for step in range(plan.num_steps):
-        losses, num_targets = [], 0
-        for index in np.flatnonzero((plan.pack_step == step) & (np.diff(plan.pack_offsets) > 0)):
-            loss, targets = _dense_loss(
-                model, [dataset[int(i)] for i in plan.pack(int(index), int(plan.pack_first_rank[index])).sample_ids]
-            )
-            losses.append(loss)
-            num_targets += targets
-        loss = torch.stack(losses).sum() / num_targets
+        mine = plan.pack_step == step
+        losses: TokenLosses = [[] for _ in range(plan.pack_micro_step[mine].max() + 1)]
+        for index in np.flatnonzero(mine & (np.diff(plan.pack_offsets) > 0)):
+            samples = [dataset[int(i)] for i in plan.pack(int(index), int(plan.pack_first_rank[index])).sample_ids]
+            losses[plan.pack_micro_step[index]].append(_dense_losses(model, samples))
+        loss = reduce(losses)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=float(cfg.get("clip_grad_norm") or "inf"))
         optimizer.step()
@@ -196,13 +208,16 @@ def train_reference(
     return steps
 
 
-def _dense_loss(model: nn.Module, samples: list[dict[str, Any]]) -> tuple[torch.Tensor, int]:
-    """Sum the token losses of documents in one pack, under a dense mask, shifting labels inside each document."""
+def _dense_losses(model: nn.Module, samples: list[dict[str, Any]]) -> list[torch.Tensor]:
+    """Give the token losses of each document in one pack, under a dense mask, shifting labels inside each document."""
     lens = [len(sample["tokens"]) for sample in samples]
     logits = model(
         torch.tensor([token for sample in samples for token in sample["tokens"]])[None],
         mask=block_causal(lens)[None],
         input_pos=torch.cat([torch.arange(n) for n in lens])[None],
     )[0]
-    labels = torch.tensor([label for sample in samples for label in [*sample["labels"][1:], -100]])
-    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"), int((labels != -100).sum())
+    losses = []
+    for sample, rows in zip(samples, logits.split(lens), strict=True):
+        labels = torch.tensor([*sample["labels"][1:], -100])
+        losses.append(F.cross_entropy(rows[labels != -100], labels[labels != -100], reduction="none"))
+    return losses

@@ -104,4 +104,6 @@ class LongAlignLoss:
 
 def _inverse(counts: NDArray[np.number]) -> NDArray[np.float64]:
     """Give 1 / counts, and 0 where there is nothing to count."""
-    return np.divide(1.0, counts, out=np.zeros(len(counts)), where=counts > 0)
+    inverse = np.zeros(len(counts))
+    np.divide(1.0, counts, out=inverse, where=counts > 0)
+    return inverse
