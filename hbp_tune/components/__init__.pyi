@@ -58,7 +58,8 @@ from hbp_tune.components.planning.comparison import plan_comparison as plan_comp
 from hbp_tune.components.planning.cost import CostModel as CostModel
 from hbp_tune.components.planning.cost import ModelShape as ModelShape
 from hbp_tune.components.planning.curriculum import Interleave as Interleave
-from hbp_tune.components.planning.curriculum import ShortFirst as ShortFirst
+from hbp_tune.components.planning.curriculum import LinearRamp as LinearRamp
+from hbp_tune.components.planning.curriculum import StepProfile as StepProfile
 from hbp_tune.components.planning.distributions import synthetic_lengths as synthetic_lengths
 from hbp_tune.components.planning.errors import ConfigError as ConfigError
 from hbp_tune.components.planning.exchange import AttentionHeads as AttentionHeads
@@ -74,6 +75,8 @@ from hbp_tune.components.planning.records import check_groups as check_groups
 from hbp_tune.components.planning.records import check_positions as check_positions
 from hbp_tune.components.planning.records import check_saved_plan as check_saved_plan
 from hbp_tune.components.planning.sharding import CpDegrees as CpDegrees
+from hbp_tune.components.planning.stages import ShortFirst as ShortFirst
+from hbp_tune.components.planning.stages import Staged as Staged
 from hbp_tune.components.reporting.advice import expected_time as expected_time
 from hbp_tune.components.reporting.advice import headline as headline
 from hbp_tune.components.reporting.advice import plan_warnings as plan_warnings

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hbp_tune.components.planning.baselines import NextFit, NoPacking
+from hbp_tune.components.planning.baselines import ISF, NextFit, NoPacking
 from hbp_tune.components.planning.cost import CostModel
-from hbp_tune.components.planning.curriculum import ShortFirst
+from hbp_tune.components.planning.curriculum import Curriculum, Interleave, StepProfile
 from hbp_tune.components.planning.errors import ConfigError, PackingError
 from hbp_tune.components.planning.hashing import hashed_order
 from hbp_tune.components.planning.metrics import measure
 from hbp_tune.components.planning.planner import BalancePlanner, targets_per_step
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup
+from hbp_tune.components.planning.stages import ShortFirst
 from tests.planning.helpers import array, assert_lawful, chat_lengths, cost_doubling_at, rows_of
 
 Groups = tuple[PackingGroup, ...]
@@ -31,7 +32,7 @@ def plan_of(
     seed: int = 0,
     epoch: int = 0,
     cost: CostModel | None = None,
-    curriculum: ShortFirst | None = None,
+    curriculum: Curriculum | None = None,
     first_step: int = 0,
     **arguments: object,
 ) -> EpochPlan:
@@ -324,6 +325,32 @@ def test_curriculum_orders_steps_and_changes_nothing_else(
     assert (plain.pack_group[plain.pack_step < 5] == 1).any()
 
 
+def test_a_curriculum_by_documents_keeps_long_ones_out_of_one_length_packs() -> None:
+    # ISF to one length, as the paper compares with: 40 documents of half a pack or more among 4,000 short ones.
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate((rng.integers(20, 400, 4000), rng.integers(4096, 8193, 40))).astype(np.int32)
+    groups = [PackingGroup(name="all", pack_len=8192)]
+
+    def longest_of_steps(curriculum: ShortFirst | None) -> list[int]:
+        plan = plan_of(lengths, groups, "paper", packer=ISF(), fill=False, sort_by=None, curriculum=curriculum)
+        assert_lawful(plan, lengths)
+        step = plan.pack_step[plan.pack_of_sample]
+        return [int(plan.lengths[step == i].max()) for i in range(plan.num_steps)]
+
+    plain, ordered = longest_of_steps(None), longest_of_steps(ShortFirst(steps=8, max_len=4095))
+    assert sorted(ordered) == sorted(plain), "the same steps"
+    assert max(ordered[:8]) < 4096 <= max(plain[:8])
+
+
+@both_modes
+def test_a_curriculum_is_told_seed_and_epoch(two_groups: Groups, mode: str) -> None:
+    lengths = np.array([64] * 40 + [256] * 20, dtype=np.int32)
+    for seed, epoch in ((0, 0), (3, 0), (0, 2)):
+        plan = plan_of(lengths, two_groups, mode, seed=seed, epoch=epoch, world_size=2, curriculum=Interleave("random"))
+        order = hashed_order(40, seed=seed, epoch=epoch, stream="curriculum from step 0")
+        assert plan.step_groups.tolist() == (order >= 20).astype(int).tolist(), "20 short steps, then 20 long ones"
+
+
 @both_modes
 def test_a_curriculum_counts_the_steps_of_earlier_epochs(two_groups: Groups, mode: str) -> None:
     lengths = np.array([64] * 16 + [256] * 16, dtype=np.int32)
@@ -332,6 +359,36 @@ def test_a_curriculum_counts_the_steps_of_earlier_epochs(two_groups: Groups, mod
         plan = plan_of(lengths, two_groups, mode, world_size=2, epoch=1, curriculum=ShortFirst(steps=5), first_step=first_step)
         trained[first_step] = int(np.argmax(plan.pack_group == 1)) // 2  # short steps before the first long one
     assert trained == {0: 5, 3: 2, 5: 0}
+
+
+@both_modes
+def test_a_curriculum_sees_lengths_of_packs_and_documents(
+    two_groups: Groups, draw_lengths: Callable[[int], Lengths], mode: str
+) -> None:
+    seen: list[StepProfile] = []
+
+    class Recording(Interleave):
+        def order(self, steps: StepProfile, *, first_step: int, epoch: int, seed: int) -> NDArray[np.int64]:
+            assert (first_step, epoch, seed) == (7, 2, 5)
+            seen.append(steps.take(super().order(steps, first_step=first_step, epoch=epoch, seed=seed)))
+            return super().order(steps, first_step=first_step, epoch=epoch, seed=seed)
+
+    lengths = np.append(draw_lengths(3), array(300))
+    plan = plan_of(
+        lengths,
+        two_groups,
+        mode,
+        seed=5,
+        epoch=2,
+        first_step=7,
+        curriculum=Recording(),
+        overlong="truncate",
+        tokens_per_step=1000,
+    )
+    step = plan.pack_step[plan.pack_of_sample]
+    assert seen[0].pack_lens.tolist() == [two_groups[i].pack_len for i in plan.step_groups]
+    assert seen[0].longest.tolist() == [int(plan.lengths[step == i].max()) for i in range(plan.num_steps)]
+    assert seen[0].longest.dtype == np.int32
 
 
 @both_modes

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,28 +16,9 @@ from hbp_tune.components.planning.leveling import cost_limit, fill_level, group_
 from hbp_tune.components.planning.packing import FirstFit, Packer, greedy_fill
 from hbp_tune.components.planning.packs import Packs
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup, check_groups
+from hbp_tune.components.planning.steps import GroupSteps, assemble, profile_steps
 
 MODES = ("cost", "paper")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GroupSteps:
-    """Optimizer steps of one group, before groups are mixed.
-
-    Args:
-        group: index into the groups.
-        packs: micro-step after micro-step, one pack per replica.
-        step_of_slice: ``int64[micro-steps]``, the step of each micro-step, counted from 0 without gaps.
-    """
-
-    group: int
-    packs: Packs
-    step_of_slice: NDArray[np.int64]
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps."""
-        return int(self.step_of_slice.max()) + 1
 
 
 class BalancePlanner:
@@ -134,12 +114,12 @@ class BalancePlanner:
             parts = self._pack_and_sort(shuffled, lengths, groups, world_size, cost, seed=seed, epoch=epoch)
 
         # Steps of one group come in random order; which group comes when is the curriculum's.
-        step_groups = np.repeat([part.group for part in parts], [part.num_steps for part in parts]).astype(np.int16)
-        random_rank = np.argsort(hashed_order(len(step_groups), seed=seed, epoch=epoch, stream="steps"))
-        shuffle = np.lexsort((random_rank, step_groups))
-        order = (curriculum or Interleave()).order(step_groups[shuffle], groups=groups, first_step=first_step)
+        steps = profile_steps(parts, lengths, groups)
+        random_rank = np.argsort(hashed_order(len(steps), seed=seed, epoch=epoch, stream="steps"))
+        shuffle = np.lexsort((random_rank, steps.pack_lens))
+        order = (curriculum or Interleave()).order(steps.take(shuffle), first_step=first_step, epoch=epoch, seed=seed)
         no_ids = np.empty(0, dtype=np.int32)
-        plan = _assemble(
+        plan = assemble(
             parts,
             shuffle[order],
             lengths,
@@ -248,60 +228,6 @@ class BalancePlanner:
             step_of_slice = deal_micro_steps(len(packs) // num_replicas, self.accumulation(group, world_size))
             parts.append(GroupSteps(index, packs, step_of_slice))
         return parts[::-1]
-
-
-def _assemble(
-    parts: Sequence[GroupSteps],
-    order: NDArray[np.int64],
-    lengths: NDArray[np.int32],
-    *,
-    groups: Sequence[PackingGroup],
-    world_size: int,
-    dropped: NDArray[np.int32],
-    truncated: NDArray[np.int32],
-) -> EpochPlan:
-    """Put the steps of all groups in order, as compressed rows.
-
-    Args:
-        parts: of the groups.
-        order: ``int64[num_steps]``, which step, counted through all parts, is trained at each position.
-        lengths: ``int32[num_samples]``, as planned.
-        groups: of the run.
-        world_size: ranks of the run.
-        dropped: see `EpochPlan`.
-        truncated: see `EpochPlan`.
-    """
-    position = np.empty_like(order)
-    position[order] = np.arange(len(order))
-    steps, micro_steps, group_of_pack, first_ranks, first_step = [], [], [], [], 0
-    for part in parts:
-        num_replicas = world_size // groups[part.group].cp_degree
-        # Slices are stably sorted by step; the rank inside its step is the micro-step.
-        by_step = np.argsort(part.step_of_slice, kind="stable")
-        counts = np.bincount(part.step_of_slice)
-        micro_step = np.empty_like(by_step)
-        micro_step[by_step] = np.arange(len(by_step)) - np.repeat(np.cumsum(counts) - counts, counts)
-        steps.append(np.repeat(position[first_step + part.step_of_slice], num_replicas))
-        micro_steps.append(np.repeat(micro_step, num_replicas))
-        group_of_pack.append(np.full(len(part.packs), part.group))
-        first_ranks.append(np.tile(np.arange(num_replicas) * groups[part.group].cp_degree, len(by_step)))
-        first_step += part.num_steps
-    step, micro_step, first_rank = np.concatenate(steps), np.concatenate(micro_steps), np.concatenate(first_ranks)
-    by_time = np.lexsort((first_rank, micro_step, step))
-    packs = Packs.joined([part.packs for part in parts]).take(by_time)
-    return EpochPlan(
-        groups=tuple(groups),
-        world_size=world_size,
-        sample_ids=packs.ids,
-        lengths=lengths[packs.ids],
-        pack_offsets=packs.offsets,
-        pack_group=np.concatenate(group_of_pack)[by_time].astype(np.int16),
-        pack_step=step[by_time].astype(np.int32),
-        pack_micro_step=micro_step[by_time].astype(np.int16),
-        pack_first_rank=first_rank[by_time].astype(np.int32),
-        dropped=dropped,
-        truncated=truncated,
-    )
 
 
 def check_targets(plan: EpochPlan, num_targets: NDArray[np.int32]) -> None:
