@@ -61,6 +61,7 @@ from hbp_tune.components.planning.curriculum import Interleave as Interleave
 from hbp_tune.components.planning.curriculum import LinearRamp as LinearRamp
 from hbp_tune.components.planning.curriculum import StepProfile as StepProfile
 from hbp_tune.components.planning.distributions import synthetic_lengths as synthetic_lengths
+from hbp_tune.components.planning.draw import draw_samples as draw_samples
 from hbp_tune.components.planning.errors import ConfigError as ConfigError
 from hbp_tune.components.planning.exchange import AttentionHeads as AttentionHeads
 from hbp_tune.components.planning.metrics import PlanMetrics as PlanMetrics

@@ -136,6 +136,17 @@ def test_the_comparison_is_of_the_same_samples(
         assert np.array_equal(np.sort(each.lengths), np.sort(plan.lengths))
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_comparison_repeats_what_is_drawn_twice(
+    two_groups: tuple[PackingGroup, ...], draw_lengths: Draw, world_size: int
+) -> None:
+    lengths, planner, cost = draw_lengths(1), BalancePlanner(), cost_doubling_at(30)
+    drawn = np.random.default_rng(0).choice(len(lengths), len(lengths) + 50).astype(np.int32)
+    plan = planner.plan(lengths, lengths, two_groups, world_size=world_size, seed=0, cost=cost, sample_ids=drawn)
+    for each in plan_comparison(plan, planner, seed=0, cost=cost).values():
+        assert sorted(each.lengths.tolist()) == sorted(lengths[drawn].tolist())
+
+
 def test_the_comparison_is_silent(two_groups: tuple[PackingGroup, ...], draw_lengths: Draw) -> None:
     lengths, planner = draw_lengths(3), BalancePlanner(tokens_per_step=10)
     with warnings.catch_warnings():

@@ -12,6 +12,10 @@ def array(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int32)
 
 
+def check_all(lengths: np.ndarray, overlong: str) -> list[int]:
+    return check_lengths(lengths, overlong, GROUPS, np.arange(len(lengths), dtype=np.int32)).tolist()
+
+
 def test_borders_belong_to_the_shorter_group() -> None:
     assert group_of_lengths(array(1, 8, 9, 16, 17, 64, 65), GROUPS).tolist() == [0, 0, 1, 1, 2, 2, 3]
     assert group_of_lengths(array(1, 8, 9), GROUPS[:1]).tolist() == [0, 0, 1]
@@ -27,9 +31,9 @@ def test_each_sample_gets_the_shortest_group_that_holds_it(seed: int) -> None:
 
 
 def test_the_overlong_are_found_in_order() -> None:
-    assert check_lengths(array(64, 65, 1, 1000), "drop", GROUPS).tolist() == [1, 3]
-    assert check_lengths(array(64, 1), "error", GROUPS).tolist() == []
-    assert check_lengths(array(65, 66), "truncate", GROUPS).tolist() == [0, 1], "all of them can be cut"
+    assert check_all(array(64, 65, 1, 1000), "drop") == [1, 3]
+    assert check_all(array(64, 1), "error") == []
+    assert check_all(array(65, 66), "truncate") == [0, 1], "all of them can be cut"
 
 
 def test_the_overlong_are_described_with_five_rows_at_most() -> None:
@@ -43,9 +47,9 @@ def test_the_overlong_are_described_with_five_rows_at_most() -> None:
 @pytest.mark.parametrize("overlong", ["error", "drop", "truncate"])
 def test_no_policy_excuses_empty_data_or_empty_samples(overlong: str) -> None:
     with pytest.raises(PackingError, match=r"the data set is empty: there is no sample to plan; check the data files"):
-        check_lengths(array(), overlong, GROUPS)
+        check_all(array(), overlong)
     with pytest.raises(PackingError, match=r"sample 2 has 0 tokens, at least 1 is needed; remove the row"):
-        check_lengths(array(100, 5, 0), overlong, GROUPS)
+        check_all(array(100, 5, 0), overlong)
 
 
 def test_the_error_says_which_sample_which_group_and_the_ways_out() -> None:
@@ -54,7 +58,20 @@ def test_the_error_says_which_sample_which_group_and_the_ways_out() -> None:
         r"Add a longer group, or set planner\.overlong=drop or planner\.overlong=truncate$"
     )
     with pytest.raises(PackingError, match=message):
-        check_lengths(array(64, 65, 66), "error", GROUPS)
+        check_all(array(64, 65, 66), "error")
+
+
+def test_only_drawn_samples_count_and_are_named_by_their_ids() -> None:
+    lengths, drawn = array(100, 5, 65, 0, 70), array(1, 2, 2, 4)
+    assert check_lengths(lengths, "drop", GROUPS, drawn).tolist() == [2, 2, 4]
+    with pytest.raises(
+        PackingError, match=r"^sample 2 has 65 tokens, .* 2 of 5 samples are longer .* 70 tokens; first rows: 2, 4\."
+    ):
+        check_lengths(lengths, "error", GROUPS, drawn)
+    with pytest.raises(PackingError, match=r"^sample 3 has 0 tokens"):
+        check_lengths(lengths, "drop", GROUPS, array(1, 3))
+    with pytest.raises(PackingError, match=r"^overlong=drop leaves no sample: 1 of 5 samples"):
+        check_lengths(lengths, "drop", GROUPS, array(2, 2))
 
 
 @pytest.mark.parametrize("overlong", ["Drop", "", "cut"])

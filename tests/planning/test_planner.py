@@ -34,6 +34,7 @@ def plan_of(
     cost: CostModel | None = None,
     curriculum: Curriculum | None = None,
     first_step: int = 0,
+    sample_ids: Lengths | None = None,
     **arguments: object,
 ) -> EpochPlan:
     """Plan, with every token a target; ``arguments`` are the planner's."""
@@ -47,6 +48,7 @@ def plan_of(
         cost=cost,
         curriculum=curriculum,
         first_step=first_step,
+        sample_ids=sample_ids,
     )
 
 
@@ -433,6 +435,51 @@ def test_targets_of_each_step(two_groups: Groups, draw_lengths: Callable[[int], 
         for step in range(plan.num_steps)
     ]
     assert targets_per_step(plan, num_targets).tolist() == want
+
+
+# Draws
+
+
+@both_modes
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+@pytest.mark.parametrize("seed", range(10))
+def test_drawn_samples_are_planned_as_often_as_drawn(
+    two_groups: Groups, draw_lengths: Callable[[int], Lengths], seed: int, overlong: str, mode: str
+) -> None:
+    lengths = np.append(draw_lengths(seed), array(300, 280))
+    drawn = np.random.default_rng(seed).choice(len(lengths), 2 * len(lengths)).astype(np.int32)
+    drawn = np.append(drawn, array(len(lengths) - 1, len(lengths) - 1))
+    plan = plan_of(lengths, two_groups, mode, overlong=overlong, seed=seed, sample_ids=drawn)
+    is_overlong = lengths[drawn] > 256
+    placed = drawn[~is_overlong] if overlong == "drop" else drawn
+    assert_lawful(plan, lengths, np.sort(placed).tolist())
+    assert (plan.dropped if overlong == "drop" else plan.truncated).tolist() == np.sort(drawn[is_overlong]).tolist()
+
+
+@both_modes
+def test_the_default_draw_is_every_sample_once(two_groups: Groups, draw_lengths: Callable[[int], Lengths], mode: str) -> None:
+    lengths = draw_lengths(5)
+    every = np.arange(len(lengths), dtype=np.int32)
+    assert plan_of(lengths, two_groups, mode).hash == plan_of(lengths, two_groups, mode, sample_ids=every).hash
+
+
+@both_modes
+def test_errors_name_drawn_samples_by_their_ids(two_groups: Groups, mode: str) -> None:
+    lengths = array(10, 300, 20, 0)
+    with pytest.raises(PackingError, match=r"sample 1 has 300 tokens, group 'long' holds 256"):
+        plan_of(lengths, two_groups, mode, sample_ids=array(0, 0, 0, 2, 1))
+    with pytest.raises(PackingError, match=r"sample 3 has 0 tokens"):
+        plan_of(lengths, two_groups, mode, sample_ids=array(2, 2, 3))
+    assert_lawful(plan_of(lengths, two_groups, mode, sample_ids=array(0, 2)), lengths, [0, 2])
+    with pytest.raises(PackingError, match=r"none of its samples \[7, 7\] has an assistant turn"):
+        BalancePlanner(mode=mode).plan(
+            np.full(8, 60, dtype=np.int32),
+            np.zeros(8, dtype=np.int32),
+            two_groups,
+            world_size=2,
+            seed=0,
+            sample_ids=array(7, 7),
+        )
 
 
 # Paper mode

@@ -179,3 +179,18 @@ def test_a_saved_plan_of_as_many_other_samples_is_refused(plan: EpochPlan) -> No
     beyond = dataclasses.replace(plan, sample_ids=np.array([3, 0, 1, 2, 5], dtype=np.int32))
     with pytest.raises(ConfigError, match=r"the saved plan holds sample 5, the data end at 4; plan again with these data"):
         check_saved_plan([beyond], 0, DATA, plan.groups, world_size=2)
+
+
+def test_a_saved_plan_is_checked_against_the_draw(plan: EpochPlan) -> None:
+    lengths = np.append(DATA, np.array([8, 90], dtype=np.int32))
+    drawn = np.array([4, 3, 2, 1, 0], dtype=np.int32)
+    assert check_saved_plan([plan], 0, lengths, plan.groups, world_size=2, sample_ids=drawn).hash == plan.hash
+    repeated = dataclasses.replace(plan, dropped=np.array([6, 6], dtype=np.int32))
+    drawn = np.array([0, 1, 2, 3, 4, 6, 6], dtype=np.int32)
+    assert check_saved_plan([repeated], 0, lengths, plan.groups, world_size=2, sample_ids=drawn).hash == plan.hash
+    with pytest.raises(ConfigError, match=r"^the saved plan holds 5 samples, the data 7; plan again with these data$"):
+        check_saved_plan([plan], 0, lengths, plan.groups, world_size=2)
+    # Sample 5 is as long as sample 3: lengths alone would not tell them apart.
+    message = r"^the saved plan holds sample 3 1 times, the run draws it 0 times; plan again with the run's seed and weights$"
+    with pytest.raises(ConfigError, match=message):
+        check_saved_plan([plan], 0, lengths, plan.groups, world_size=2, sample_ids=np.array([0, 1, 2, 4, 5], dtype=np.int32))

@@ -57,6 +57,19 @@ def test_overlong_samples_are_listed_by_data_set_and_row(tmp_path: Path) -> None
     assert (tmp_path / "new/overlong.csv").read_text().split() == ["sample_id,dataset,row,num_tokens", "1,0,1,300", "3,1,1,400"]
 
 
+def test_what_was_drawn_twice_is_counted_twice_and_listed_once(tmp_path: Path) -> None:
+    lengths, drawn = np.array([10, 300, 20], dtype=np.int32), np.array([0, 0, 1, 1, 2], dtype=np.int32)
+    planner = BalancePlanner(overlong="drop")
+    plan = planner.plan(lengths, lengths, GROUPS, world_size=2, seed=0, sample_ids=drawn)
+    console = Console(file=io.StringIO(), width=120)
+    print_plan(plan, lengths, compared=plan_comparison(plan, planner, seed=0, cost=CostModel()), console=console)
+    assert "3 samples placed, 2 different ones, 2 dropped" in console.file.getvalue()  # type: ignore[attr-defined]
+    line = report_overlong(plan, lengths, np.zeros(3, dtype=np.int16), tmp_path)
+    assert line is not None
+    assert line.startswith("1 of 3 samples are longer than pack_len=256")
+    assert (tmp_path / "overlong.csv").read_text().split() == ["sample_id,dataset,row,num_tokens", "1,0,1,300"]
+
+
 def test_nothing_overlong_nothing_said(tmp_path: Path) -> None:
     lengths = np.array([10, 20], dtype=np.int32)
     plan = BalancePlanner().plan(lengths, lengths, GROUPS, world_size=2, seed=0)

@@ -31,8 +31,9 @@ def check_overlong_policy(overlong: str) -> None:
         raise ConfigError(f"overlong={overlong!r} must be one of {', '.join(OVERLONG_POLICIES)}")
 
 
-def describe_overlong(overlong_ids: NDArray[np.int64], lengths: NDArray[np.int32], longest: PackingGroup) -> str:
+def describe_overlong(overlong_ids: NDArray[np.int32], lengths: NDArray[np.int32], longest: PackingGroup) -> str:
     """Say in one line how many samples exceed the longest group, how long they get, and which rows come first."""
+    overlong_ids = np.unique(overlong_ids)
     first = ", ".join(str(i) for i in overlong_ids[:5])
     return (
         f"{len(overlong_ids)} of {len(lengths)} samples are longer than pack_len={longest.pack_len} of the longest group "
@@ -40,21 +41,30 @@ def describe_overlong(overlong_ids: NDArray[np.int64], lengths: NDArray[np.int32
     )
 
 
-def check_lengths(lengths: NDArray[np.int32], overlong: str, groups: Sequence[PackingGroup]) -> NDArray[np.int64]:
-    """Check the lengths and find the samples that no group holds.
+def check_lengths(
+    lengths: NDArray[np.int32], overlong: str, groups: Sequence[PackingGroup], sample_ids: NDArray[np.int32]
+) -> NDArray[np.int32]:
+    """Check the lengths of the drawn samples and find those that no group holds.
+
+    Args:
+        lengths: ``int32[num_samples]``, of all samples.
+        overlong: policy.
+        groups: from short to long.
+        sample_ids: ``int32[num_drawn]``.
 
     Returns:
-        Ids of the samples longer than the longest group, ascending, ``int64[...]``.
+        Ids of the samples longer than the longest group, ascending, as often as they were drawn, ``int32[...]``.
 
     Raises:
         PackingError: there is no sample, a length is below 1, every sample is too long, or one is and ``overlong`` is error.
     """
     longest = groups[-1]
-    if len(lengths) == 0:
+    if len(sample_ids) == 0:
         raise PackingError("the data set is empty: there is no sample to plan; check the data files and filters")
-    if lengths[shortest := int(np.argmin(lengths))] < 1:
-        raise PackingError(f"sample {shortest} has {lengths[shortest]} tokens, at least 1 is needed; remove the row")
-    overlong_ids = np.flatnonzero(lengths > longest.pack_len)
+    drawn = lengths[sample_ids]
+    if drawn[shortest := int(np.argmin(drawn))] < 1:
+        raise PackingError(f"sample {sample_ids[shortest]} has {drawn[shortest]} tokens, at least 1 is needed; remove the row")
+    overlong_ids = np.sort(sample_ids[drawn > longest.pack_len])
     if len(overlong_ids) and overlong == "error":
         first = int(overlong_ids[0])
         raise PackingError(
@@ -62,7 +72,7 @@ def check_lengths(lengths: NDArray[np.int32], overlong: str, groups: Sequence[Pa
             f"{describe_overlong(overlong_ids, lengths, longest)}. Add a longer group, or set planner.overlong=drop "
             f"or planner.overlong=truncate"
         )
-    if len(overlong_ids) == len(lengths) and overlong == "drop":
+    if len(overlong_ids) == len(sample_ids) and overlong == "drop":
         raise PackingError(
             f"overlong=drop leaves no sample: {describe_overlong(overlong_ids, lengths, longest)}. "
             f"Add a longer group or set planner.overlong=truncate"

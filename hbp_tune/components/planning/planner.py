@@ -82,6 +82,7 @@ class BalancePlanner:
         curriculum: Curriculum | None = None,
         first_step: int = 0,
         cost: CostModel | None = None,
+        sample_ids: NDArray[np.int32] | None = None,
     ) -> EpochPlan:
         """Plan one epoch.
 
@@ -95,18 +96,24 @@ class BalancePlanner:
             curriculum: orders the steps; by default the groups alternate in proportion (`Interleave`).
             first_step: optimizer steps of the run before this epoch.
             cost: of the model that is trained; Llama 3.1 8B by default.
+            sample_ids: ``int32[num_drawn]``, the samples of this epoch, some perhaps more than once (`draw_samples`); by
+                default every sample once.
 
         Returns:
-            A plan that holds every sample exactly once, but for those in ``dropped``. Groups that do not fit together or
-            the world size are a `ConfigError`; no sample, a length below 1, an overlong sample under ``overlong=error``
-            and a step without target are a `PackingError`.
+            A plan that holds every drawn sample as often as it was drawn, but for those in ``dropped``. Groups that do not
+            fit together or the world size are a `ConfigError`; no sample, a length below 1, an overlong sample under
+            ``overlong=error`` and a step without target are a `PackingError`.
         """
         check_groups(groups, world_size)
-        overlong_ids = check_lengths(lengths, self.overlong, groups).astype(np.int32)
-        lengths = np.minimum(lengths, groups[-1].pack_len).astype(np.int32)
+        if sample_ids is None:
+            sample_ids = np.arange(len(lengths), dtype=np.int32)
+        overlong_ids = check_lengths(lengths, self.overlong, groups, sample_ids)
+        # Packs are made of positions in the draw, since a sample may have been drawn more than once.
+        lengths = lengths[sample_ids]
         shuffled = hashed_order(len(lengths), seed=seed, epoch=epoch, stream="samples").astype(np.int32)
         if self.overlong == "drop" and len(overlong_ids):
-            shuffled = shuffled[~np.isin(shuffled, overlong_ids)]
+            shuffled = shuffled[lengths[shuffled] <= groups[-1].pack_len]
+        lengths = np.minimum(lengths, groups[-1].pack_len).astype(np.int32)
         cost = cost or CostModel()
         if self.mode == "cost":
             parts = self._level(shuffled, lengths, groups, world_size, cost)
@@ -123,6 +130,7 @@ class BalancePlanner:
             parts,
             shuffle[order],
             lengths,
+            sample_ids=sample_ids,
             groups=groups,
             world_size=world_size,
             dropped=overlong_ids if self.overlong == "drop" else no_ids,

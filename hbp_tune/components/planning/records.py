@@ -112,7 +112,13 @@ def check_positions(plan: "EpochPlan", max_seq_len: int) -> None:
 
 
 def check_saved_plan(
-    plans: "Sequence[EpochPlan]", epoch: int, lengths: NDArray[np.int32], groups: Sequence[PackingGroup], *, world_size: int
+    plans: "Sequence[EpochPlan]",
+    epoch: int,
+    lengths: NDArray[np.int32],
+    groups: Sequence[PackingGroup],
+    *,
+    world_size: int,
+    sample_ids: NDArray[np.int32] | None = None,
 ) -> "EpochPlan":
     """Take an epoch from saved plans, if they were made for this run.
 
@@ -122,6 +128,7 @@ def check_saved_plan(
         lengths: ``int32[num_samples]``, of the run's data.
         groups: of the run; only their recomputation may differ from the plan's, and replaces it.
         world_size: of the run.
+        sample_ids: ``int32[num_drawn]``, the run's draw in this epoch; by default every sample once.
 
     Raises:
         ConfigError: there is no plan of this epoch, or it is of other groups, another world size or other data.
@@ -134,13 +141,19 @@ def check_saved_plan(
     planned, current = ([(g.name, g.pack_len, g.cp_degree) for g in some] for some in (plan.groups, groups))
     if planned != current:
         raise ConfigError(f"the saved plan has groups {planned} (name, pack_len, cp_degree), the run {current}; plan again")
-    ids, num_samples = plan.sample_ids, len(lengths)
-    if len(ids) + len(plan.dropped) != num_samples:
+    ids = plan.sample_ids
+    held = np.sort(np.concatenate((ids, plan.dropped)))
+    drawn = np.arange(len(lengths)) if sample_ids is None else np.sort(sample_ids)
+    if len(held) != len(drawn):
+        raise ConfigError(f"the saved plan holds {len(held)} samples, the data {len(drawn)}; plan again with these data")
+    if (last := int(held[-1])) >= len(lengths):
+        raise ConfigError(f"the saved plan holds sample {last}, the data end at {len(lengths) - 1}; plan again with these data")
+    if len(differ := np.flatnonzero(held != drawn)):
+        first = min(held[differ[0]], drawn[differ[0]])
         raise ConfigError(
-            f"the saved plan holds {len(ids) + len(plan.dropped)} samples, the data {num_samples}; plan again with these data"
+            f"the saved plan holds sample {first} {np.count_nonzero(held == first)} times, the run draws it "
+            f"{np.count_nonzero(drawn == first)} times; plan again with the run's seed and weights"
         )
-    if (last := int(ids.max())) >= num_samples:
-        raise ConfigError(f"the saved plan holds sample {last}, the data end at {num_samples - 1}; plan again with these data")
     if len(wrong := np.flatnonzero(plan.lengths != np.minimum(lengths[ids], groups[-1].pack_len))):
         first = int(ids[wrong[0]])
         raise ConfigError(
@@ -179,15 +192,15 @@ class EpochPlan:
     micro-step, an empty one where there is no work for it, so that all ranks run the same collectives.
 
     Args:
-        sample_ids: ``int32[placed]``, pack by pack.
+        sample_ids: ``int32[placed]``, pack by pack; a sample that was drawn twice is there twice.
         lengths: ``int32[placed]``, tokens of each placed sample, aligned with ``sample_ids``.
         pack_offsets: ``int64[packs + 1]``, where each pack's samples start in ``sample_ids``.
         pack_group: ``int16[packs]``, index into ``groups``.
         pack_step: ``int32[packs]``, optimizer step within the epoch.
         pack_micro_step: ``int16[packs]``, accumulation step within the optimizer step.
         pack_first_rank: ``int32[packs]``; the pack runs on ranks ``first_rank .. first_rank + cp_degree - 1``.
-        dropped: ``int32[...]``, ids of samples longer than the longest group that were left out on request.
-        truncated: ``int32[...]``, ids of samples cut to the longest group's length on request.
+        dropped: ``int32[...]``, ids of samples longer than the longest group that were left out on request, as often as drawn.
+        truncated: ``int32[...]``, ids of samples cut to the longest group's length on request, as often as drawn.
     """
 
     groups: tuple[PackingGroup, ...]

@@ -17,7 +17,7 @@ class GroupSteps:
 
     Args:
         group: index into the groups.
-        packs: micro-step after micro-step, one pack per replica.
+        packs: micro-step after micro-step, one pack per replica; their ids count the drawn samples.
         step_of_slice: ``int64[micro-steps]``, the step of each micro-step, counted from 0 without gaps.
     """
 
@@ -36,7 +36,7 @@ def profile_steps(parts: Sequence[GroupSteps], lengths: NDArray[np.int32], group
 
     Args:
         parts: of the groups.
-        lengths: ``int32[num_samples]``, as planned.
+        lengths: ``int32[num_drawn]``, as planned.
         groups: of the run.
     """
     longest = []
@@ -55,6 +55,7 @@ def assemble(
     order: NDArray[np.int64],
     lengths: NDArray[np.int32],
     *,
+    sample_ids: NDArray[np.int32],
     groups: Sequence[PackingGroup],
     world_size: int,
     dropped: NDArray[np.int32],
@@ -65,7 +66,8 @@ def assemble(
     Args:
         parts: of the groups.
         order: ``int64[num_steps]``, which step, counted through all parts, is trained at each position.
-        lengths: ``int32[num_samples]``, as planned.
+        lengths: ``int32[num_drawn]``, as planned.
+        sample_ids: ``int32[num_drawn]``, which sample of the data each is.
         groups: of the run.
         world_size: ranks of the run.
         dropped: see `EpochPlan`.
@@ -92,7 +94,7 @@ def assemble(
     return EpochPlan(
         groups=tuple(groups),
         world_size=world_size,
-        sample_ids=packs.ids,
+        sample_ids=sample_ids[packs.ids],
         lengths=lengths[packs.ids],
         pack_offsets=packs.offsets,
         pack_group=np.concatenate(group_of_pack)[by_time].astype(np.int16),

@@ -32,7 +32,7 @@ def report_overlong(plan: EpochPlan, lengths: NDArray[np.int32], sources: NDArra
         with path.open("w", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(("sample_id", "dataset", "row", "num_tokens"))
-            for i in ids:
+            for i in np.unique(ids):
                 writer.writerow((int(i), int(sources[i]), int(i - first_of_source[sources[i]]), int(lengths[i])))
-        return f"{describe_overlong(ids.astype(np.int64), lengths, plan.groups[-1])}; {what}, all listed in {path}"
+        return f"{describe_overlong(ids, lengths, plan.groups[-1])}; {what}, all listed in {path}"
     return None

@@ -100,7 +100,9 @@ def _groups_table(plan: EpochPlan) -> tuple[Table, str]:
             f"{int(tokens_per_step[steps].mean()):,}" if len(steps) else "-",
         )
     left_out = [f"{len(ids):,} {what}" for what, ids in (("dropped", plan.dropped), ("truncated", plan.truncated)) if len(ids)]
-    placed = ", ".join([f"{len(plan.sample_ids):,} samples placed, each once", *left_out])
+    num_placed, num_different = len(plan.sample_ids), len(np.unique(plan.sample_ids))
+    often = "each once" if num_placed == num_different else f"{num_different:,} different ones"
+    placed = ", ".join([f"{num_placed:,} samples placed, {often}", *left_out])
     shown = {group.ac_mode for group in plan.groups if group.ac_layers}
     modes = "".join(f" ({letter}: {mode})" for mode, letter in _MODE_LETTERS.items() if mode in shown)
     return table, f"{placed}\n  CP: ranks that share a pack  AC: recomputed layers{modes}  micro: micro-steps a step"
