@@ -1,10 +1,11 @@
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from hbp_tune.components import ISF, PackingGroup, build, setting
+from hbp_tune.components import ISF, PackingGroup, StepProfile, build, setting
 from hbp_tune.components.planning.errors import ConfigError
 
 GROUP = "hbp_tune.components.PackingGroup"
@@ -32,6 +33,14 @@ def test_what_a_key_was_set_to() -> None:
     cfg.planner.pop("_component_")
     with pytest.raises(ConfigError, match=r"config key 'planner' \(no _component_\) cannot be built"):
         build("planner", setting(cfg, "planner"))
+
+
+def test_a_list_of_mappings_is_an_argument() -> None:
+    stages = [{"steps": 1, "max_pack_len": 64}, {"steps": "${warm_steps}", "max_pack_len": 128}]
+    cfg = OmegaConf.create({"warm_steps": 2, "curriculum": {"_component_": "hbp_tune.components.Staged", "stages": stages}})
+    pack_lens = np.array([64, 64, 128, 128, 256])
+    steps = StepProfile(pack_lens, pack_lens.astype(np.int32))
+    assert build("curriculum", cfg.curriculum).order(steps, first_step=0, epoch=0, seed=0).tolist() == [0, 2, 1, 3, 4]
 
 
 def test_components_inside_components_are_built_first() -> None:
