@@ -19,3 +19,15 @@ class DataError(HbpError):
 
 class ResumeError(HbpError):
     """Saved progress that does not belong to this run."""
+
+
+class SaveError(HbpError):
+    """Progress or weights that could not be written to disk."""
+
+
+class NonFiniteError(HbpError):
+    """More steps than allowed whose loss or gradient is not finite."""
+
+
+class OutOfMemoryError(HbpError):
+    """A pack that did not fit a rank's memory."""
