@@ -1,0 +1,162 @@
+"""What goes wrong inside a step: a loss or gradient that is not finite, and memory that does not suffice."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hbp_tune.components.data.batch import PackBatch
+from hbp_tune.components.planning.errors import NonFiniteError, OutOfMemoryError
+from hbp_tune.components.planning.records import EpochPlan, PackingGroup
+from hbp_tune.components.training.disk import gather
+
+_NAMED_SAMPLES = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutcome:
+    """What all ranks know of a step before the optimizer applies it.
+
+    Args:
+        loss: of the whole step.
+        grad_norm: of all gradients, before clipping.
+        must_stop: some rank was asked to end the run after this step.
+    """
+
+    loss: float
+    grad_norm: float
+    must_stop: bool
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step may be applied."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class StepGuard:
+    """Keeps the losses of a step's packs, and lets all ranks decide alike whether the step is applied.
+
+    Args:
+        device: of the losses.
+        max_nonfinite_steps: steps of the run that may be skipped; one more ends it.
+        skipped_steps: those that were, before this start of the run.
+    """
+
+    def __init__(self, device: torch.device, *, max_nonfinite_steps: int = 3, skipped_steps: int = 0) -> None:
+        self._device = device
+        self._max_nonfinite_steps = max_nonfinite_steps
+        self.skipped_steps = skipped_steps
+        self._losses: list[Tensor] = []
+
+    def start_step(self) -> None:
+        """Forget the losses of the last step."""
+        self._losses.clear()
+
+    def add(self, loss: Tensor) -> None:
+        """Take a micro-step's loss, ``float32[]``; it stays on the device, so that nothing waits for it."""
+        self._losses.append(loss.detach())
+
+    def reduce(self, grad_norm: Tensor, *, is_asked_to_stop: bool) -> StepOutcome:
+        """Sum loss and requests to stop over all ranks, in one collective."""
+        loss = torch.zeros((), device=self._device)
+        for each in self._losses:
+            loss += each
+        loss_and_stop = torch.stack([loss, torch.tensor(float(is_asked_to_stop), device=self._device)])
+        dist.all_reduce(loss_and_stop)
+        loss_sum, num_asked = loss_and_stop.tolist()
+        norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        return StepOutcome(loss=loss_sum, grad_norm=norm.item(), must_stop=num_asked > 0)
+
+    def skip(self, outcome: StepOutcome, plan: EpochPlan, epoch_step: int, sources: NDArray[np.int16]) -> str:
+        """Count a step that is not applied. Collective: every rank skips the same steps.
+
+        Args:
+            outcome: of the step.
+            plan: of the epoch.
+            epoch_step: the step within it.
+            sources: ``int16[num_samples]``, which data set each sample comes from.
+
+        Returns:
+            A line that says why.
+
+        Raises:
+            NonFiniteError: it is one too many; names the samples of the packs whose own loss is not finite, or, where
+                every pack's is, of the whole step.
+        """
+        self.skipped_steps += 1
+        if self.skipped_steps <= self._max_nonfinite_steps:
+            return (
+                f"loss {outcome.loss}, gradient norm {outcome.grad_norm}; it is number {self.skipped_steps} of "
+                f"max_nonfinite_steps={self._max_nonfinite_steps}"
+            )
+        indices = plan.indices_for_rank(dist.get_rank(), first_step=epoch_step, last_step=epoch_step + 1)
+        mine = [int(index) for index, loss in zip(indices, self._losses, strict=True) if not math.isfinite(loss.item())]
+        packs = sorted({index for indices_of_rank in gather(mine) for index in indices_of_rank})
+        what = f"{len(packs)} packs with a loss that is not finite" if packs else "the step (each pack's loss is finite)"
+        packs = packs or np.flatnonzero(plan.pack_step == epoch_step).tolist()
+        offsets = plan.pack_offsets
+        sample_ids = np.concatenate([plan.sample_ids[offsets[pack] : offsets[pack + 1]] for pack in packs])
+        raise NonFiniteError(
+            f"loss or gradient norm was not finite in {self.skipped_steps} steps of the run, max_nonfinite_steps="
+            f"{self._max_nonfinite_steps} may be skipped. In the last one, the samples of {what} are "
+            f"{_describe_samples(sample_ids, sources)}. Look at these rows, lower the learning rate or clip_grad_norm, or "
+            f"raise max_nonfinite_steps; progress of before is kept"
+        )
+
+
+def _describe_samples(sample_ids: NDArray[np.int32], sources: NDArray[np.int16]) -> str:
+    """Name samples by id, data set and row; sample ids run through the data sets one after the other."""
+    named = []
+    for sample_id in sample_ids[:_NAMED_SAMPLES].tolist():
+        source = int(sources[sample_id])
+        row = sample_id - int(np.searchsorted(sources, source))
+        named.append(f"{sample_id} (data set {source}, row {row})")
+    more = len(sample_ids) - len(named)
+    return ", ".join(named) + (f" and {more} more" if more else "")
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(batch: PackBatch, *, num_layers: int) -> Iterator[None]:
+    """Turn running out of memory inside forward or backward into an error that names the pack and the way out.
+
+    Args:
+        batch: what runs.
+        num_layers: of the model.
+
+    Raises:
+        OutOfMemoryError: there was not enough memory, on this rank; the others may have had enough.
+        RuntimeError: any other error, as it came.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_cuda = isinstance(error, torch.OutOfMemoryError)
+        if not is_cuda and "can't allocate memory" not in str(error):  # of torch's allocator for host memory
+            raise
+        group, reason = batch.group, str(error).strip().splitlines()[0]
+        advice = next_memory_setting(group, world_size=dist.get_world_size(), num_layers=num_layers, is_cuda=is_cuda)
+        raise OutOfMemoryError(
+            f"rank {dist.get_rank()} ran out of memory in step {batch.step + 1} of the epoch: group {group.name!r}, pack_len="
+            f"{group.pack_len} ({batch.num_tokens} tokens in this pack), cp_degree={group.cp_degree}, "
+            f"ac_layers={group.ac_layers} of {num_layers}, ac_mode={group.ac_mode}. Next to try: {advice}. ({reason[:300]})"
+        ) from error
+
+
+def next_memory_setting(group: PackingGroup, *, world_size: int, num_layers: int, is_cuda: bool) -> str:
+    """Give the next setting that saves memory: what costs the least time first."""
+    if group.ac_layers < num_layers:
+        more = min(num_layers, max(group.ac_layers + 1, group.ac_layers + num_layers // 4))
+        return f"ac_layers={more} in this group, up to {num_layers}"
+    doubled = 2 * group.cp_degree
+    if world_size % doubled == 0 and group.pack_len % (2 * doubled) == 0:
+        return f"cp_degree={doubled} in this group"
+    if is_cuda and group.ac_mode != "offload":
+        return "ac_mode=offload in this group"
+    return "a shorter pack_len in this group" + (", or fsdp_cpu_offload=True" if is_cuda else "")
