@@ -96,9 +96,9 @@ def test_without_a_name_the_parser_explains(
 
 
 @pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize(("rank", "speaks"), [(None, True), ("0", True), ("1", False), ("7", False)])
-def test_an_error_is_one_line_from_rank_zero(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str | None, speaks: bool
+@pytest.mark.parametrize("rank", [None, "0", "7"])
+def test_an_error_is_one_line_from_the_rank_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str | None
 ) -> None:
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
@@ -111,7 +111,7 @@ def test_an_error_is_one_line_from_rank_zero(
         run_recipe(main)
     assert caught.value.code == 1
     captured = capsys.readouterr()
-    assert captured.err.strip() == ("error: sample 1 has 9 tokens, group 'short' holds 8" if speaks else "")
+    assert captured.err.strip() == "error: sample 1 has 9 tokens, group 'short' holds 8"
     assert captured.out == ""
 
 

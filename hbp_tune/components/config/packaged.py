@@ -14,6 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from hbp_tune.components.config.failures import end_after_cause, end_in_one_line, is_lost_contact, record_for_torchrun
 from hbp_tune.components.planning.errors import ConfigError, HbpError
 
 _PACKAGE = Path(__file__).parents[2]
@@ -88,7 +89,7 @@ def run_recipe(recipe_main: Callable[[], Any]) -> None:
 
     torchtune parses a file's path only, so a packaged name is replaced by its path first; and it cannot override one
     item of a list (``groups.1.cp_degree=4``), so that becomes an override of the whole list. What the user can mend
-    ends in one line, from rank 0, rather than in one traceback per rank.
+    ends in one line rather than in one traceback per rank, and so does what is only another rank's failure.
     """
     _silence_known_noise()
     # tiktoken keeps a copy of every tokenizer file by its path, and would go on with the copy when the file has changed.
@@ -100,7 +101,10 @@ def run_recipe(recipe_main: Callable[[], Any]) -> None:
             sys.argv = merge_list_overrides([*sys.argv[:name], str(path), *sys.argv[name + 1 :]], path)
         recipe_main()
     except (HbpError, InterpolationResolutionError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"\nerror: {' '.join(str(error).split())}\n")
-            sys.stderr.flush()
-        sys.exit(1)
+        end_in_one_line(error)
+    except BaseException as error:  # torch's `CheckpointException` is no `Exception`
+        if is_lost_contact(error):
+            end_after_cause(error)
+        if not isinstance(error, SystemExit):
+            record_for_torchrun(error)
+        raise
