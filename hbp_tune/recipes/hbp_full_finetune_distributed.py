@@ -21,7 +21,6 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torchtune import config, training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
@@ -41,6 +40,8 @@ from hbp_tune.components import (
     ProgressSaver,
     RunIdentity,
     StepClock,
+    StepGuard,
+    StopSignals,
     TokenStore,
     adapt_decoder,
     apply_fsdp,
@@ -58,11 +59,14 @@ from hbp_tune.components import (
     compile_layers,
     default_store_directory,
     describe_layouts,
+    explain_out_of_memory,
+    export_weights,
     from_rank_zero,
     is_stock_loss,
     local_files,
     make_checkpointable,
     model_shape,
+    num_bytes,
     open_token_store,
     pack_loader,
     plan_comparison,
@@ -73,6 +77,7 @@ from hbp_tune.components import (
     select_attention,
     select_context_parallel,
     separate_units,
+    set_aside,
     setting,
     store_key,
 )
@@ -90,8 +95,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
     Args:
         cfg: keys as in torchtune's ``full_finetune_distributed``, and ``groups``, ``planner``, ``curriculum``, ``loss_head``,
             ``context_parallel``, ``attention``, ``compute_dtype``, ``max_steps``, ``save_every_n_steps``,
-            ``keep_last_n_checkpoints``, ``num_workers``, ``token_store_dir``, ``plan_file``, ``process_group_timeout_s``,
-            ``fsdp_sharded_accumulation``.
+            ``keep_last_n_checkpoints``, ``async_save``, ``max_nonfinite_steps``, ``num_workers``, ``token_store_dir``,
+            ``plan_file``, ``process_group_timeout_s``, ``fsdp_sharded_accumulation``.
 
     Raises:
         ConfigError: settings that cannot work, alone or together.
@@ -127,6 +132,9 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self._clip_grad_norm = float(cfg.get("clip_grad_norm") or "inf")
         self._save_every_n_steps = cfg.get("save_every_n_steps")
         self._plan_file = Path(cfg.plan_file) if cfg.get("plan_file") else None
+        self._resume_mode = cfg.get("resume_from_checkpoint") or False
+        if not self._resume_mode and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            self._resume_mode = "auto"  # torchrun starts this run again: what is saved is its own
 
         self._groups = tuple(build("groups", group) for group in cfg.groups)
         check_groups(self._groups, self.world_size)
@@ -147,19 +155,32 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         """Set up everything; what can go wrong with the settings or the data goes wrong before weights are loaded."""
         self._tokenizer = build("tokenizer", cfg.tokenizer)
         self._model = self._setup_decoder(cfg)
+        progress = self._output_dir / "progress"
+        # Before the data are read, which may take long: were a rank to die there, older progress would look like this run's.
+        if not self._resume_mode and (older := from_rank_zero(partial(set_aside, progress))):
+            utils.log_rank_zero(log, f"An older run's progress is now in {older}; to go on from it, name it {progress} again")
         self._checkpointer = self._setup_checkpointer(cfg.checkpointer)
         self._store = self._setup_store(cfg)
         self._progress = ProgressSaver(
-            self._output_dir / "progress",
+            progress,
             RunIdentity(world_size=self.world_size, groups=self._groups, store_fingerprint=self._store.fingerprint),
             keep=cfg.get("keep_last_n_checkpoints") or 1,
+            is_async=cfg.get("async_save") or False,
+            log=partial(utils.log_rank_zero, log),
         )
-        position = self._progress.latest() if cfg.get("resume_from_checkpoint") else None
+        find = partial(self._progress.latest, is_required=self._resume_mode is True)
+        position = from_rank_zero(find) if self._resume_mode else None
         if position is not None:
             self._update_recipe_state(position)
         self._steps_per_epoch = self._setup_plan(cfg.epochs, cfg.get("max_steps"))
         if position is not None and position.epoch < len(self._plan_hashes):  # else nothing is left to train
             check_plan_hash(position, self._plan_hashes[position.epoch])
+        limit = cfg.get("max_nonfinite_steps")
+        self._guard = StepGuard(
+            self._device,
+            max_nonfinite_steps=3 if limit is None else limit,
+            skipped_steps=position.skipped_steps if position else 0,
+        )
         self._num_workers = cfg.get("num_workers") or 0
 
         self._load_weights()
@@ -323,7 +344,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     def _epoch_batches(self, epoch: int) -> Iterator[PackBatch]:
         """Load this rank's packs of an epoch, from the first step that is not done."""
-        plan = self._plan_epoch(epoch, first_step=sum(self._steps_per_epoch[:epoch]))
+        plan = self._plan = self._plan_epoch(epoch, first_step=sum(self._steps_per_epoch[:epoch]))
         self._tokens_per_step = plan.step_tokens
         weights = self._loss.document_weights(plan, self._num_targets)
         layout = partial(self._context_parallel.layout, self._decoder.heads)
@@ -339,22 +360,30 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         total_steps = sum(self._steps_per_epoch)
         pbar = tqdm(total=total_steps, initial=self.global_step, disable=not self._is_rank_zero)
         self._profiler.start()
+        self._stop = StopSignals()
         for epoch in range(self.epoch, len(self._steps_per_epoch)):
             self.epoch = epoch
-            loss_sum = torch.zeros((), device=self._device)
             for batch in self._epoch_batches(epoch):
                 pack = self._switch.activate(batch)  # the group's CP mesh and recomputed layers
                 fsdp.set_requires_gradient_sync(self._sharded_accumulation or batch.is_last_micro_step)
-                loss = self._model(
-                    batch.tokens, mask=pack, input_pos=batch.input_pos, labels=batch.labels, loss_weights=batch.loss_weights
-                )
-                (loss * self.world_size).backward()  # FSDP2 averages over ranks; the weights already sum to one step
-                loss_sum += loss.detach()
+                with explain_out_of_memory(batch, num_layers=len(self._decoder.layers)):
+                    loss = self._model(
+                        batch.tokens, mask=pack, input_pos=batch.input_pos, labels=batch.labels, loss_weights=batch.loss_weights
+                    )
+                    (loss * self.world_size).backward()  # FSDP2 averages over ranks; the weights already sum to one step
+                self._guard.add(loss)
                 if not batch.is_last_micro_step:
                     continue
 
                 grad_norm = nn.utils.clip_grad_norm_(self._model.parameters(), max_norm=self._clip_grad_norm)
-                self._optimizer.step()
+                # On every rank, also where only rank 0 logs, and before the weights change.
+                outcome = self._guard.reduce(grad_norm, is_asked_to_stop=self._stop.received is not None)
+                if outcome.is_finite:
+                    self._optimizer.step()
+                else:
+                    line = self._guard.skip(outcome, self._plan, self.epoch_step, self._store.sources)
+                    utils.log_rank_zero(log, f"Step {self.global_step + 1} of the run is skipped: {line}", logging.WARNING)
+                self._guard.start_step()
                 self._optimizer.zero_grad(set_to_none=True)
                 lr = float(training.get_lr(self._optimizer))  # torchao's is a tensor, which the schedule changes in place
                 if self._lr_scheduler is not None:
@@ -363,21 +392,25 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
                 self.global_step += 1
                 self.epoch_step += 1
 
-                dist.all_reduce(loss_sum)  # on every rank, also where only rank 0 logs
                 metrics = {
-                    "loss": loss_sum.item(),
+                    "loss": outcome.loss,
                     "lr": lr,
-                    "grad_norm": cast(DTensor, grad_norm).full_tensor().item(),
+                    "grad_norm": outcome.grad_norm,
+                    "skipped_steps": self._guard.skipped_steps,
                     "tokens_per_second_per_gpu": step_tokens / (clock.read_s() * self.world_size),
                     "num_tokens": step_tokens,
                     "pack_len": batch.group.pack_len,
                     "cp_degree": batch.group.cp_degree,
                 }
-                loss_sum.zero_()
                 self._log(metrics, batch.group.name, pbar)
                 self._profiler.step()
-                if self._save_every_n_steps and self.global_step % self._save_every_n_steps == 0:
+                is_due = self._save_every_n_steps and self.global_step % self._save_every_n_steps == 0
+                if is_due or outcome.must_stop:
                     self.save_progress()
+                if outcome.must_stop:
+                    self._end_early(total_steps, pbar)
+                    return
+            self._progress.settle()
             self.save_checkpoint(epoch=epoch)
             self.epoch_step = 0
         self._profiler.stop()
@@ -396,6 +429,17 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             metrics |= training.get_memory_stats(device=self._device)
         self._metric_logger.log_dict(metrics, step=self.global_step)
 
+    def _end_early(self, total_steps: int, pbar: tqdm) -> None:
+        """End a run that was asked to stop; its progress is saved."""
+        self._progress.settle(is_last=True)
+        self._profiler.stop()
+        pbar.close()
+        utils.log_rank_zero(
+            log,
+            f"Stopped by a signal after step {self.global_step} of {total_steps}; progress is in {self._progress.newest()}. "
+            f"Go on with resume_from_checkpoint=True",
+        )
+
     def save_progress(self) -> None:
         """Save what resuming needs; the run goes on from here after a crash."""
         position = Position(
@@ -405,21 +449,25 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             seed=self.seed,
             plan_hash=self._plan_hashes[self.epoch],
             total_steps=sum(self._steps_per_epoch),
+            skipped_steps=self._guard.skipped_steps,
         )
-        folder = self._progress.save(position, model=self._model, optimizer=self._optimizer, lr_scheduler=self._lr_scheduler)
-        utils.log_rank_zero(log, f"Progress saved in {folder}")
+        self._progress.save(position, model=self._model, optimizer=self._optimizer, lr_scheduler=self._lr_scheduler)
 
     def save_checkpoint(self, epoch: int) -> None:
         """Export the weights in the checkpointer's format (Hugging Face), at the end of an epoch and of the run."""
         state_dict = training.gather_cpu_state_dict(self._model, self._is_rank_zero, device=self._device)
-        if self._is_rank_zero:
+
+        def export() -> None:
             self._checkpointer.save_checkpoint({training.MODEL_KEY: state_dict}, epoch=epoch)
             if self._hf_config:
                 self._hf_config.write(epoch)
-        dist.barrier()
+
+        # An error on rank 0, such as a full disk, is one on every rank: none waits for it in vain.
+        from_rank_zero(partial(export_weights, export, self._output_dir, num_bytes(state_dict)))
 
     def cleanup(self) -> None:
-        """Close the logger and leave the process group."""
+        """Close the logger, leave the process group, and put signal handlers back."""
+        self._stop.restore()
         if self._is_rank_zero and self._metric_logger:
             self._metric_logger.close()
         dist.destroy_process_group()

@@ -52,6 +52,8 @@ _OURS = frozenset(
         "max_steps",
         "save_every_n_steps",
         "keep_last_n_checkpoints",
+        "async_save",
+        "max_nonfinite_steps",
         "num_workers",
         "token_store_dir",
         "plan_file",
@@ -61,16 +63,18 @@ _OURS = frozenset(
 _PLAN = frozenset(["lengths", "lengths_column", "num_samples", "world_size", "baselines"])
 # Keys without which there is no training.
 REQUIRED = ("output_dir", "tokenizer", "dataset", "model", "checkpointer", "optimizer", "device", "dtype", "epochs")
-_COUNTS = (
-    "epochs",
-    "max_steps",
-    "save_every_n_steps",
-    "keep_last_n_checkpoints",
-    "log_every_n_steps",
-    "num_samples",
-    "world_size",
-    "process_group_timeout_s",
-)
+# Whole numbers, and their least values.
+_COUNTS = {
+    "epochs": 1,
+    "max_steps": 1,
+    "save_every_n_steps": 1,
+    "keep_last_n_checkpoints": 1,
+    "max_nonfinite_steps": 0,
+    "log_every_n_steps": 1,
+    "num_samples": 1,
+    "world_size": 1,
+    "process_group_timeout_s": 1,
+}
 # Keys of the stock recipe whose default (no effect) is fine, and what to use in place of anything else.
 _REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {
     "batch_size": ((), "a micro-step is one pack per replica: set groups[].pack_len and planner.tokens_per_step"),
@@ -85,7 +89,7 @@ _REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {
     "optimizer_in_bwd": ((None, False), "a step's gradients span micro-steps; save memory by fsdp_cpu_offload instead"),
     "tensor_parallel_dim": ((None, 1), "long packs are split by groups[].cp_degree, weights by FSDP2 over all ranks"),
     "tensor_parallel_plan": ((None,), "long packs are split by groups[].cp_degree, weights by FSDP2 over all ranks"),
-    "enable_async_checkpointing": ((None, False), "use save_every_n_steps, which saves exact progress"),
+    "enable_async_checkpointing": ((None, False), "use save_every_n_steps with async_save=True, which saves exact progress"),
 }
 # Losses of torchtune's recipes whose meaning is the mean over a step's targets, which is AveTokenLoss.
 _STOCK_LOSSES = ("torchtune.modules.loss.CEWithChunkedOutputLoss", "torch.nn.CrossEntropyLoss")
@@ -112,10 +116,14 @@ def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> 
     for key in required:
         if cfg.get(key) is None:
             raise ConfigError(f"config key {key!r} is missing")
-    for key in _COUNTS:
+    for key, least in _COUNTS.items():
         value = cfg.get(key)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{key}={value} must be a whole number of at least 1" + ("" if key == "epochs" else ", or null"))
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ConfigError(
+                f"{key}={value} must be a whole number of at least {least}" + ("" if key == "epochs" else ", or null")
+            )
+    if (resume := cfg.get("resume_from_checkpoint")) not in (None, True, False, "auto"):
+        raise ConfigError(f"resume_from_checkpoint={resume} must be True, False, or auto: resume where there is saved progress")
     if not cfg.get("groups"):
         raise ConfigError(
             "config key 'groups' is missing; the least is groups: "
