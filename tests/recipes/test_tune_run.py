@@ -1,21 +1,16 @@
-"""The way users start it: `tune run` and `torchrun`, from any directory, with names, paths and copies; and crashes."""
+"""The way users start it: `tune run` and `torchrun`, from any directory, with names, paths and copies."""
 
-import contextlib
-import os
 import re
-import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 import hbp_tune.recipes.hbp_full_finetune_distributed as recipe
 from hbp_tune.components.config.packaged import packaged_configs
 from hbp_tune.demo import prepare_demo
+from tests.launching import losses, run, tune
 
 pytestmark = pytest.mark.slow
 
@@ -25,35 +20,6 @@ SMALL = ["groups.0.pack_len=256", "groups.1.pack_len=1024", "planner.tokens_per_
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_demo(tmp_path_factory.mktemp("demo") / "hbp_demo", num_samples=150, max_tokens=1000).directory
-
-
-def start(command: list[str], cwd: Path) -> subprocess.Popen[str]:
-    bin_dir = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "HF_DATASETS_CACHE": str(cwd / "cache")}
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def run(command: list[str], cwd: Path, *, code: int = 0) -> str:
-    process = start(command, cwd)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == code, output[-4000:]
-    return output
-
-
-def tune(*arguments: str, name: str = "hbp_full_finetune_distributed") -> list[str]:
-    return ["tune", "run", "--nproc_per_node", "2", name, *arguments]
-
-
-def losses(output_dir: Path) -> dict[int, str]:
-    """Give the logged loss and gradient norm of each step, to the last digit; later logs replace earlier ones."""
-    found: dict[int, str] = {}
-    for log in sorted(output_dir.glob("logs/log_*.txt"), key=lambda path: path.stat().st_mtime):
-        for line in log.read_text().splitlines():
-            if match := re.match(r"Step (\d+) \| (loss:\S+) \S+ (grad_norm:\S+)", line):
-                found[int(match[1])] = f"{match[2]} {match[3]}"
-    return found
 
 
 def test_packaged_name_from_any_directory(demo: Path, tmp_path: Path) -> None:
@@ -103,24 +69,3 @@ def test_unknown_names_and_mistakes_end_in_one_line(demo: Path, tmp_path: Path) 
 def test_a_start_without_torchrun_is_explained(demo: Path, tmp_path: Path) -> None:
     command = ["tune", "run", "hbp_full_finetune_distributed", "--config", "demo/tiny_llama_cpu", f"demo_dir={demo}"]
     assert "error: start with torchrun: tune run --nproc_per_node N" in run(command, tmp_path, code=1)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_kill_minus_nine_in_mid_epoch_and_resume(demo: Path, tmp_path: Path, num_workers: int) -> None:
-    settings = ["--config", "demo/tiny_llama_cpu", f"demo_dir={demo}", *SMALL, "max_steps=10", f"num_workers={num_workers}"]
-    run(tune(*settings, "output_dir=whole"), tmp_path)
-    killed = start(tune(*settings, "output_dir=killed"), tmp_path)
-    deadline = time.monotonic() + 120
-    while len(losses(tmp_path / "killed")) < 5:
-        assert time.monotonic() < deadline, "the run does not get to step 5"
-        time.sleep(0.02)
-    agent = psutil.Process(killed.pid)
-    for process in (agent, *agent.children(recursive=True)):  # torchrun's workers have sessions of their own
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    killed.communicate()
-    shutil.rmtree(tmp_path / "killed/logs")
-    run(tune(*settings, "output_dir=killed", "resume_from_checkpoint=True"), tmp_path)
-    whole, resumed = losses(tmp_path / "whole"), losses(tmp_path / "killed")
-    assert min(resumed) in (5, 7, 9)
-    assert resumed == {step: numbers for step, numbers in whole.items() if step >= min(resumed)}
