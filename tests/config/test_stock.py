@@ -254,6 +254,20 @@ def test_counts_are_whole_numbers(key: str, value: Any) -> None:
         check_config(settings(**{key: value}))
 
 
+@pytest.mark.parametrize("value", [-1, 2.5, "two"])
+def test_no_step_at_all_may_be_skipped(value: Any) -> None:
+    check_config(settings(max_nonfinite_steps=0))
+    with pytest.raises(ConfigError, match=rf"max_nonfinite_steps={value} must be a whole number of at least 0, or null"):
+        check_config(settings(max_nonfinite_steps=value))
+
+
+def test_resuming_is_yes_no_or_auto() -> None:
+    for value in (True, False, None, "auto"):
+        check_config(settings(resume_from_checkpoint=value))
+    with pytest.raises(ConfigError, match="resume_from_checkpoint=newest must be True, False, or auto: resume where there is"):
+        check_config(settings(resume_from_checkpoint="newest"))
+
+
 def test_what_only_planning_reads_does_not_disturb_training() -> None:
     planning = {"lengths": "lengths.csv", "lengths_column": "n", "num_samples": 9, "world_size": 64, "baselines": ["ffd"]}
     check_config(settings(**planning))

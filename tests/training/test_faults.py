@@ -104,6 +104,7 @@ def test_only_what_a_disk_refused_is_a_disk_problem() -> None:
     full, other = OSError(28, "No space left on device"), KeyError("x")
     assert disk_problem(full) == "[Errno 28] No space left on device"
     assert disk_problem(other) is None
+    assert disk_problem(ConnectionResetError(104, "Connection reset by peer")) is None
     assert disk_problem(CheckpointException("", {1: (full, None)})) == "[Errno 28] No space left on device"
     assert disk_problem(CheckpointException("", {0: (full, None), 1: (other, None)})) is None
     torch_writer = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")

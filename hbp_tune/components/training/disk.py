@@ -21,7 +21,7 @@ def disk_problem(error: BaseException) -> str | None:
         problems = [disk_problem(failure) for failure, _ in error.failures.values()]
         return None if None in problems else problems[0]
     if isinstance(error, OSError):
-        return str(error)
+        return None if isinstance(error, ConnectionError) else str(error)
     text = " ".join(str(error).split())
     if "inline_container" in text or "PytorchStreamWriter" in text:  # torch's file writer counts bytes and forgets why
         return "fewer bytes were written than asked for: the disk is full, or a quota or file size limit is reached"

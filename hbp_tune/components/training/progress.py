@@ -117,7 +117,7 @@ class ProgressSaver:
             record = {"position": asdict(position), "identity": _plain(self._identity)}
             files[RECORD] = json.dumps(record, indent=2).encode()
         if self._is_async:
-            weights = BlockingAsyncStager().stage(weights)
+            weights = BlockingAsyncStager().stage(weights)  # the same in torch 2.11 to 2.13, which call it experimental
             self._pending = _in_background(partial(self._write, position.global_step, weights, files))
         else:
             self._pending = Future()
