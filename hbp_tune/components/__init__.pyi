@@ -25,6 +25,7 @@ from hbp_tune.components.models.torchtune_decoder import separate_units as separ
 from hbp_tune.components.parallel.activation_checkpoint import check_offload as check_offload
 from hbp_tune.components.parallel.activation_checkpoint import make_checkpointable as make_checkpointable
 from hbp_tune.components.parallel.agree import from_rank_zero as from_rank_zero
+from hbp_tune.components.parallel.agree import together as together
 from hbp_tune.components.parallel.attention import sdpa_per_document as sdpa_per_document
 from hbp_tune.components.parallel.attention import select_attention as select_attention
 from hbp_tune.components.parallel.compile import compile_layers as compile_layers
