@@ -10,7 +10,7 @@ or copy this file into your own folder, change it, and start it by its file name
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,8 +28,10 @@ from tqdm import tqdm
 from hbp_tune.components import (
     AveTokenLoss,
     BalancePlanner,
+    Builder,
     ConfigError,
     CostModel,
+    DataSource,
     EpochPlan,
     ForwardGradientHead,
     GroupSwitch,
@@ -45,6 +47,7 @@ from hbp_tune.components import (
     TokenStore,
     adapt_decoder,
     apply_fsdp,
+    bad_rows_of,
     build,
     build_cp_meshes,
     build_fsdp_mesh,
@@ -57,21 +60,24 @@ from hbp_tune.components import (
     check_saved_plan,
     check_targets,
     compile_layers,
+    data_settings,
     default_store_directory,
     describe_layouts,
+    describe_sources,
     explain_out_of_memory,
     export_weights,
     from_rank_zero,
     is_stock_loss,
-    local_files,
     make_checkpointable,
     model_shape,
     num_bytes,
-    open_token_store,
+    open_data,
     pack_loader,
+    places_of_samples,
     plan_comparison,
     print_plan,
     read_plan,
+    report_bad_rows,
     report_overlong,
     run_recipe,
     select_attention,
@@ -79,7 +85,7 @@ from hbp_tune.components import (
     separate_units,
     set_aside,
     setting,
-    store_key,
+    together,
 )
 
 log = utils.get_logger("INFO")
@@ -96,6 +102,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         cfg: keys as in torchtune's ``full_finetune_distributed``, and ``groups``, ``planner``, ``curriculum``, ``loss_head``,
             ``context_parallel``, ``attention``, ``compute_dtype``, ``max_steps``, ``save_every_n_steps``,
             ``keep_last_n_checkpoints``, ``async_save``, ``max_nonfinite_steps``, ``num_workers``, ``token_store_dir``,
+            ``token_store_timeout_s``, ``bad_rows``,
             ``plan_file``, ``process_group_timeout_s``, ``fsdp_sharded_accumulation``.
 
     Raises:
@@ -104,7 +111,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     def __init__(self, cfg: DictConfig) -> None:
         check_config(cfg)
-        self._data_files = local_files(cfg)
+        self._data = data_settings(cfg)
+        self._bad_rows = cfg.get("bad_rows") or "error"
         self._device = utils.get_device(device=cfg.device)
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)
         self._compute_dtype = training.get_dtype(cfg.get("compute_dtype") or cfg.dtype, device=self._device)
@@ -235,14 +243,22 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         return checkpointer
 
     def _setup_store(self, cfg: DictConfig) -> TokenStore:
-        """Tokenise the data set, or open what an earlier run with the same data, tokenizer and template left on disk."""
-        nodes = list(cfg.dataset) if OmegaConf.is_list(cfg.dataset) else [cfg.dataset]
-        sources = [build(f"dataset[{index}]", node, self._tokenizer) for index, node in enumerate(nodes)]
-        settings = [OmegaConf.to_container(cfg[name], resolve=True) for name in ("dataset", "tokenizer")]
-        key = store_key([*settings, [len(source) for source in sources]], self._data_files)
-        path = Path(cfg.get("token_store_dir") or default_store_directory()) / key
-        store = open_token_store(sources, path, is_builder=dist.get_node_local_rank(fallback_rank=self.rank) == 0)
+        """Load and tokenise the data sets with all ranks, or open what an earlier run with the same ones left on disk."""
+        directory = Path(cfg.get("token_store_dir") or default_store_directory())
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
+        def work(watch: Callable[[int], None]) -> tuple[tuple[DataSource, ...], TokenStore]:
+            builder = Builder.of_rank(self.rank, self.world_size, local_world_size, watch)
+            sources, store = open_data(self._data, self._tokenizer, directory, builder)
+            if self._is_rank_zero and (line := report_bad_rows(bad_rows_of(sources, store), self._output_dir, self._bad_rows)):
+                log.warning(line)
+            return sources, store
+
+        timeout_s = cfg.get("token_store_timeout_s") or 1800
+        self._sources, store = together(work, name="token store", timeout_s=timeout_s, timeout_key="token_store_timeout_s")
         self._num_targets = store.num_targets_within(self._groups[-1].pack_len)
+        for line in describe_sources(self._sources, store, self._num_targets):
+            utils.log_rank_zero(log, line)
         return store
 
     def _setup_plan(self, epochs: int, max_steps: int | None) -> list[int]:
@@ -303,7 +319,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         lengths = self._store.lengths
         compared = plan_comparison(plan, self._planner, seed=self.seed, cost=self._cost)
         print_plan(plan, lengths, compared=compared, cost=self._cost)
-        if line := report_overlong(plan, lengths, self._store.sources, self._output_dir):
+        places = partial(places_of_samples, self._sources, self._store)
+        if line := report_overlong(plan, lengths, self._output_dir, places):
             log.warning(line)
 
     def _load_weights(self) -> None:

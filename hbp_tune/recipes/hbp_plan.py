@@ -12,8 +12,9 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
 from torchtune import config, training
@@ -30,29 +31,37 @@ from hbp_tune.components import (
     BASELINE_NAMES,
     LENGTH_SUFFIXES,
     BalancePlanner,
+    Builder,
     CharacterEstimate,
     ConfigError,
     CostModel,
     EpochPlan,
     PlanMetrics,
     PlanReport,
+    RowPlace,
+    SampleCounts,
+    TokenStore,
     adapt_decoder,
+    bad_rows_of,
     build,
     check_ac_layers,
     check_config,
     check_groups,
     check_positions,
+    data_settings,
     default_store_directory,
     describe_layouts,
+    describe_sources,
     estimate_lengths,
     expected_time,
     headline,
-    local_files,
+    load_data,
     measure,
     missing_tokenizer_files,
     model_shape,
     one_length_group,
-    open_token_store,
+    open_data,
+    places_of_samples,
     plan_baseline,
     plan_warnings,
     print_groups,
@@ -60,11 +69,11 @@ from hbp_tune.components import (
     print_metrics,
     read_lengths,
     render_page,
+    report_bad_rows,
     report_overlong,
     run_recipe,
     select_context_parallel,
     setting,
-    store_key,
     synthetic_lengths,
     write_plan,
     write_summary,
@@ -148,6 +157,8 @@ class HBPPlanRecipe:
             ConfigError: it is neither, or a file's number of samples is given.
         """
         self._classes: NDArray[np.int16] | None
+        self._places: Callable[[NDArray[np.int32]], Sequence[RowPlace]]
+        self._warnings: list[str]
         if name.lower().endswith(LENGTH_SUFFIXES) or os.path.sep in name or os.path.exists(name):
             if num_samples is not None:
                 raise ConfigError(f"num_samples={num_samples} is for synthetic lengths; {name} has its own number, remove it")
@@ -160,27 +171,31 @@ class HBPPlanRecipe:
                 raise ConfigError(f"lengths={name} is no file ({', '.join(LENGTH_SUFFIXES)}), and {error}") from error
             self._lengths_from = f"synthetic lengths, {name}"
         self._num_targets = np.ones_like(self._lengths)  # nobody knows them
-        self._sources = np.zeros(len(self._lengths), dtype=np.int16)
+        self._places = lambda ids: [RowPlace(dataset=name, row=int(i)) for i in ids]
+        self._warnings = []
 
     def _read_data(self, cfg: DictConfig) -> None:
         """Tokenise the data set into the store that training reads, or estimate its lengths where there is no tokenizer."""
-        files = local_files(cfg)
+        data = data_settings(cfg)
+        directory = Path(cfg.get("token_store_dir") or default_store_directory())
         missing = missing_tokenizer_files(cfg)
-        tokenizer = CharacterEstimate(cfg.tokenizer.get("max_seq_len")) if missing else build("tokenizer", cfg.tokenizer)
-        nodes = list(cfg.dataset) if OmegaConf.is_list(cfg.dataset) else [cfg.dataset]
-        sources = [build(f"dataset[{index}]", node, tokenizer) for index, node in enumerate(nodes)]
+        counts: SampleCounts | TokenStore
         if missing:
-            self._lengths, self._num_targets, self._sources = estimate_lengths(sources)
+            sources = load_data(data, CharacterEstimate(cfg.tokenizer.get("max_seq_len")), directory)
+            counts = estimated = estimate_lengths([source.samples for source in sources])
+            self._num_targets = estimated.num_targets
             self._lengths_from = f"estimated from the text's bytes, as the tokenizer's {missing[0]} does not exist"
         else:
-            settings = [OmegaConf.to_container(cfg[name], resolve=True) for name in ("dataset", "tokenizer")]
-            key = store_key([*settings, [len(source) for source in sources]], files)
-            path = Path(cfg.get("token_store_dir") or default_store_directory()) / key
-            store = open_token_store(sources, path, is_builder=True)
-            self._lengths, self._sources = store.lengths, store.sources
-            self._num_targets = store.num_targets_within(self._groups[-1].pack_len)
+            sources, counts = open_data(data, build("tokenizer", cfg.tokenizer), directory, Builder.alone())
+            self._num_targets = counts.num_targets_within(self._groups[-1].pack_len)
             self._lengths_from = "the data set's tokens"
-        self._classes = self._sources if len(nodes) > 1 else None
+        self._lengths = counts.lengths
+        self._places = partial(places_of_samples, sources, counts)
+        self._classes = counts.sources if len(sources) > 1 else None
+        with self._writing():
+            bad_rows = report_bad_rows(bad_rows_of(sources, counts), self._output_dir, cfg.get("bad_rows") or "error")
+        self._warnings = [bad_rows] if bad_rows else []
+        self._notes += describe_sources(sources, counts, self._num_targets)
 
     def plan(self) -> PlanReport:
         """Plan every epoch up to the last step, and compare the first with other ways to pack it."""
@@ -197,7 +212,7 @@ class HBPPlanRecipe:
         with self._timed("baselines"):
             naive, baselines = self._compare(plans[0])
         with self._writing():
-            overlong = report_overlong(plans[0], self._lengths, self._sources, self._output_dir)
+            overlong = report_overlong(plans[0], self._lengths, self._output_dir, self._places)
         return PlanReport(
             lengths=self._lengths,
             lengths_from=self._lengths_from,
@@ -208,6 +223,7 @@ class HBPPlanRecipe:
             baselines=baselines,
             headline=headline(plans[0], naive, metrics=metrics, naive_metrics=baselines["isf"], cost=self._cost),
             warnings=(
+                *self._warnings,
                 *([overlong] if overlong else []),
                 *dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning),
                 *plan_warnings(plans[0]),

@@ -27,7 +27,7 @@ Everything = tuple[RandomTokens, TokenStore, EpochPlan, np.ndarray]
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
     source = RandomTokens(mixed_lengths(80, 1024, seed=6), 100, seed=2)
-    store = open_token_store([source], tmp_path_factory.mktemp("data") / "store", is_builder=True)
+    store = open_token_store([source], tmp_path_factory.mktemp("data") / "store")
     num_targets = store.num_targets_within(1024)
     plan = BalancePlanner(tokens_per_step=2048).plan(store.lengths, num_targets, GROUPS, world_size=2, seed=0)
     return source, store, plan, AveTokenLoss().document_weights(plan, num_targets)
@@ -88,7 +88,7 @@ def test_weights_sum_to_one_in_every_step_and_stand_on_targets_only(everything: 
 
 def test_an_empty_pack_is_one_unit_of_padding(tmp_path: Path) -> None:
     source = RandomTokens([9], 100, seed=2)
-    store = open_token_store([source], tmp_path / "store", is_builder=True)
+    store = open_token_store([source], tmp_path / "store")
     plan = BalancePlanner().plan(store.lengths, store.num_targets_within(256), GROUPS, world_size=2, seed=0)
     weights = np.ones(1)
     batches = [HierarchicalPackedDataset(store, plan, weights, rank)[int(plan.indices_for_rank(rank)[0])] for rank in (0, 1)]
@@ -101,7 +101,7 @@ def test_an_empty_pack_is_one_unit_of_padding(tmp_path: Path) -> None:
 
 def test_a_truncated_sample_predicts_nothing_past_its_cut(tmp_path: Path) -> None:
     source = RandomTokens([300, 20], 100, seed=2)
-    store = open_token_store([source], tmp_path / "store", is_builder=True)
+    store = open_token_store([source], tmp_path / "store")
     plan = BalancePlanner(overlong="truncate").plan(
         store.lengths, store.num_targets_within(256), GROUPS[:1], world_size=1, seed=0
     )

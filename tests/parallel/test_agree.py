@@ -64,7 +64,7 @@ def test_the_time_out_counts_from_the_last_sign_of_progress(ranks: Callable[[int
     assert time.monotonic() - start < 5
     message = (
         r"slow work: no rank has made progress for timeout_s=0.7, and ranks [1] are not done; look for their errors, or raise "
-        r"timeout_s if a step alone takes longer"
+        r"timeout_s if one step takes longer"
     )
     for rank in (0, 1):
         assert f"rank {rank}: ConfigError: {message}" in str(caught.value)

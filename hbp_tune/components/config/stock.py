@@ -1,12 +1,11 @@
 """Which keys of torchtune's stock `full_finetune_distributed` carry over, and what replaces those that do not."""
 
 import difflib
-import glob
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hbp_tune.components.config.sources import dataset_nodes
 from hbp_tune.components.planning.errors import ConfigError
 
 # Keys with the meaning that they have in torchtune 0.6.1.
@@ -56,6 +55,8 @@ _OURS = frozenset(
         "max_nonfinite_steps",
         "num_workers",
         "token_store_dir",
+        "token_store_timeout_s",
+        "bad_rows",
         "plan_file",
     ]
 )
@@ -74,6 +75,7 @@ _COUNTS = {
     "num_samples": 1,
     "world_size": 1,
     "process_group_timeout_s": 1,
+    "token_store_timeout_s": 1,
 }
 # Keys of the stock recipe whose default (no effect) is fine, and what to use in place of anything else.
 _REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -124,6 +126,8 @@ def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> 
             )
     if (resume := cfg.get("resume_from_checkpoint")) not in (None, True, False, "auto"):
         raise ConfigError(f"resume_from_checkpoint={resume} must be True, False, or auto: resume where there is saved progress")
+    if cfg.get("bad_rows") not in (None, "error", "drop"):
+        raise ConfigError(f"bad_rows={cfg['bad_rows']} is no policy; choose error or drop")
     if not cfg.get("groups"):
         raise ConfigError(
             "config key 'groups' is missing; the least is groups: "
@@ -134,7 +138,7 @@ def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> 
             "optimizer.bf16_stochastic_round=True does not work on sharded weights in torchao before 0.16; remove it, and set "
             "dtype: fp32 with compute_dtype: bf16 so that no small update is lost"
         )
-    for index, dataset in enumerate(_datasets(cfg) if "dataset" in required else ()):
+    for index, dataset in enumerate(dataset_nodes(cfg["dataset"]) if "dataset" in required else ()):
         if dataset.get("packed"):
             raise ConfigError(f"dataset {index}: packed=True has no place here, remove it: groups decide how samples are packed")
 
@@ -167,48 +171,8 @@ def is_stock_loss(cfg: Mapping[str, Any]) -> bool:
     return True
 
 
-def local_files(cfg: Mapping[str, Any]) -> list[Path]:
-    """Find the local files that decide the content of the data: data files, and those of the tokenizer.
-
-    Raises:
-        ConfigError: a local data file does not exist or is empty.
-    """
-    files: list[Path] = []
-    for index, dataset in enumerate(_datasets(cfg)):
-        for name in _strings(dataset.get("data_files")):
-            if "://" in name:
-                continue
-            found = [Path(path) for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
-            if not found and dataset.get("source") in ("json", "csv", "parquet", "arrow", "text"):
-                hint = "; `python -m hbp_tune.demo` makes the demo's data" if "hbp_demo" in name else ""
-                raise ConfigError(f"dataset {index}: data file {name} does not exist (looked from {Path.cwd()}){hint}")
-            if found and not any(path.stat().st_size for path in found):
-                raise ConfigError(f"dataset {index}: the data set is empty: data file {name} holds no row")
-            files += found
-    # A tokenizer's arguments may hold whole prompts; Path.is_file fails on strings too long for a name.
-    files += [Path(name) for name in _strings(cfg["tokenizer"]) if os.path.isfile(name)]
-    return files
-
-
 def missing_tokenizer_files(cfg: Mapping[str, Any]) -> list[str]:
     """Find the files that the tokenizer names (by ``path``, ``..._path`` or ``..._file``) and that do not exist."""
     tokenizer = cfg["tokenizer"]
     keys = [key for key in tokenizer if key == "path" or key.endswith(("_path", "_file"))] if hasattr(tokenizer, "keys") else []
     return [tokenizer[key] for key in keys if isinstance(tokenizer[key], str) and not os.path.isfile(tokenizer[key])]
-
-
-def _datasets(cfg: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    dataset = cfg["dataset"]
-    return [dataset] if hasattr(dataset, "keys") else list(dataset)
-
-
-def _strings(node: Any) -> Iterator[str]:
-    """Give all strings inside nested mappings and lists."""
-    if isinstance(node, str):
-        yield node
-    elif hasattr(node, "keys"):
-        for key in node:
-            yield from _strings(node[key])
-    elif node is not None and hasattr(node, "__iter__"):
-        for item in node:
-            yield from _strings(item)

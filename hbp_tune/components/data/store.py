@@ -1,56 +1,62 @@
-"""The token store: every data set is tokenised once, in parallel, and read memory-mapped by all ranks."""
+"""The token store: every data set is tokenised once, by all ranks together, and read memory-mapped by each."""
 
-import functools
+import contextlib
 import importlib.metadata
 import os
-import shutil
-import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from hbp_tune.components.data.batch import IGNORE_INDEX
-from hbp_tune.components.planning.errors import DataError, HbpError
+from hbp_tune.components.data.rows import BadRow, RowReader, SampleSource, no_sample
+from hbp_tune.components.data.shards import Shard, ShardBuilders, ShardSummary, cut_shards
+from hbp_tune.components.planning.errors import DataError
 
-# Below this many rows a further process costs more to start than it saves.
-_ROWS_PER_PROCESS = 500
 _POLL_S = 0.1
-
-
-class SampleSource(Protocol):
-    """Any torchtune SFT data set: rows of ``tokens`` and ``labels``, -100 where a token does not count."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 class TokenStore:
     """Tokens of all samples, memory-mapped, with their counts.
 
     Args:
-        path: a finished store, made by `open_token_store`.
+        shards: finished ones, in order.
 
     Attributes:
         lengths: ``int32[num_samples]``, tokens per sample.
         sources: ``int16[num_samples]``, which of the configured data sets a sample comes from.
+        rows: ``int32[num_samples]``, its row there; bad rows leave gaps.
+        bad_rows: the rows that are no samples, in order.
         fingerprint: of all tokens and targets, in order: what resuming compares.
+
+    Raises:
+        DataError: no row is a sample.
     """
 
-    def __init__(self, path: Path) -> None:
-        table = datasets.load_from_disk(str(path))
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        summaries = [ShardSummary.read(shard.summary) for shard in shards]
+        self.bad_rows: tuple[BadRow, ...] = tuple(row for summary in summaries for row in summary.bad_rows)
+        self.fingerprint: str = xxhash.xxh3_128("".join(summary.digest for summary in summaries).encode()).hexdigest()
+        tables = [
+            datasets.Dataset.from_file(str(shard.table))
+            for shard, summary in zip(shards, summaries, strict=True)
+            if summary.num_samples
+        ]
+        if not tables:
+            raise DataError(no_sample(self.bad_rows))
+        table = datasets.concatenate_datasets(tables)
         self._table = table.with_format("arrow")
         self.lengths: NDArray[np.int32] = _values(table, "num_tokens")
         self.sources: NDArray[np.int16] = _values(table, "source")
+        self.rows: NDArray[np.int32] = _values(table, "row")
         self._num_targets: NDArray[np.int32] = _values(table, "num_targets")
-        self.fingerprint: str = (path / _FINGERPRINT).read_text()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -89,61 +95,107 @@ class TokenStore:
         return num_targets
 
 
-def open_token_store(
-    sources: Sequence[SampleSource], path: Path, *, is_builder: bool, num_processes: int | None = None
-) -> TokenStore:
-    """Open the token store at ``path``; one rank per node makes it first where it does not exist yet.
+def _values(table: datasets.Dataset, name: str) -> NDArray[Any]:
+    return np.concatenate([chunk.to_numpy() for chunk in table.data.column(name).chunks])
 
-    The other ranks wait for the finished folder to appear, not in a collective: no time-out, however long it takes.
+
+def no_watch(progress: int) -> None:
+    """Take no notice."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Builder:
+    """What this process does for a store that is not finished.
+
+    Args:
+        num_processes: to tokenise with.
+        first: where in the rows to begin, from 0 to 1; those who begin apart seldom meet.
+        show_progress: show one line of rows done, by anyone.
+        watch: called some times a second with a number that grows with what is done; may raise.
+    """
+
+    num_processes: int
+    first: float = 0.0
+    show_progress: bool = True
+    watch: Callable[[int], None] = no_watch
+
+    @classmethod
+    def alone(cls) -> "Builder":
+        """Use all CPUs."""
+        return cls(num_processes=len(os.sched_getaffinity(0)))
+
+    @classmethod
+    def of_rank(cls, rank: int, world_size: int, local_world_size: int, watch: Callable[[int], None]) -> "Builder":
+        """Share CPUs with the ranks of the node, and the rows with all ranks."""
+        return cls(
+            num_processes=max(1, len(os.sched_getaffinity(0)) // local_world_size),
+            first=rank / world_size,
+            show_progress=rank == 0,
+            watch=watch,
+        )
+
+
+def open_token_store(sources: Sequence[SampleSource], path: Path, builder: Builder | None = None) -> TokenStore:
+    """Open the token store at ``path``, after making what is missing of it together with everyone else who opens it.
 
     Args:
         sources: the data sets, tokenised one after the other: sample ids run through all of them.
         path: a folder named by a key over everything that decides its content.
-        is_builder: whether this rank makes the store.
-        num_processes: to tokenise with; by default one per CPU and 500 rows.
+        builder: what this process does for it; by default all that its CPUs can.
 
     Returns:
-        The store. A row that cannot be read as a training sample, or no row at all, is a `DataError`.
+        The store. No row at all, none that is a sample, or a shard of rows that all are bad alike, is a `DataError`.
     """
-    check_not_empty(sources)
-    if is_builder and not path.exists():
-        _build(sources, path, num_processes or len(os.sched_getaffinity(0)))
-    while not path.exists():
-        time.sleep(_POLL_S)
-    return TokenStore(path)
+    rows = RowReader(sources)
+    shards = cut_shards(len(rows), path)
+    if not all(shard.summary.exists() for shard in shards):
+        path.mkdir(parents=True, exist_ok=True)
+        _build(shards, rows, path, builder or Builder.alone())
+    return TokenStore(shards)
 
 
-def check_not_empty(sources: Sequence[SampleSource]) -> None:
-    """Refuse data sets without a row.
-
-    Raises:
-        DataError: there is none.
-    """
-    if not sum(len(source) for source in sources):
-        raise DataError("the data set is empty: it has no row; check data_files, split and filters")
-
-
-def unreadable_row(source: int, row: int, error: Exception) -> DataError:
-    """Say which row of which data set could not be read as a training sample, and why."""
-    return DataError(
-        f"row {row} of data set {source} is no conversation that its component can read: "
-        f"{type(error).__name__}: {error}. Check the row, conversation_column and conversation_style"
-    )
+def _build(shards: Sequence[Shard], rows: RowReader, path: Path, builder: Builder) -> None:
+    bar = tqdm(total=len(rows), desc="Tokenising", unit=" rows", disable=not builder.show_progress)
+    with bar, ShardBuilders(shards, rows, num_processes=builder.num_processes, first=builder.first) as builders:
+        while missing := [shard for shard in shards if not shard.summary.exists()]:
+            bar.update(len(rows) - sum(shard.stop - shard.start for shard in missing) - bar.n)
+            builders.check()
+            builder.watch(_bytes_written(path))
+            time.sleep(_POLL_S)
+        bar.update(len(rows) - bar.n)
 
 
-def store_key(parts: Sequence[Any], files: Sequence[Path]) -> str:
+def _bytes_written(path: Path) -> int:
+    size = 0
+    with os.scandir(path) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                size += entry.stat().st_size
+    return size
+
+
+def store_key(parts: Sequence[Any], digests: Mapping[Path, str]) -> str:
     """Name a store by what decides its content: settings (by their ``repr``) and the bytes of local files.
 
     Args:
         parts: plain values, such as the data sets' and the tokenizer's configuration. torchtune's version, whose
             templates and tokenizers they name, is always among them.
-        files: data and tokenizer files; read in full, at several GB a second from cache.
+        digests: of data and tokenizer files, by `digest_files`; where the files lie does not matter.
     """
-    digest = xxhash.xxh3_128(repr([_FORMAT, importlib.metadata.version("torchtune"), *parts]).encode())
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(2**22):
-                digest.update(block)
+    named = [_FORMAT, importlib.metadata.version("torchtune"), *parts, *digests.values()]
+    return str(xxhash.xxh3_128(repr(named).encode()).hexdigest())
+
+
+def digest_files(files: Sequence[Path]) -> dict[Path, str]:
+    """Digest the bytes of each file; read in full, at several GB a second from cache."""
+    return {file: _digest(file) for file in files}
+
+
+def _digest(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
     return str(digest.hexdigest())
 
 
@@ -152,78 +204,4 @@ def default_store_directory() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "hbp_tune"
 
 
-_FORMAT = "token store 1"  # raised when the columns or their meaning change
-_FINGERPRINT = "content_fingerprint.txt"
-
-
-def _values(table: datasets.Dataset, name: str) -> NDArray[Any]:
-    return np.concatenate([chunk.to_numpy() for chunk in table.data.column(name).chunks])
-
-
-def _content_fingerprint(table: datasets.Dataset) -> str:
-    digest = xxhash.xxh3_128(_values(table, "num_tokens").tobytes())
-    for name in ("tokens", "is_target"):
-        for chunk in table.data.column(name).chunks:
-            digest.update(chunk.flatten().to_numpy(zero_copy_only=False).tobytes())
-    return str(digest.hexdigest())
-
-
-def _build(sources: Sequence[SampleSource], path: Path, num_processes: int) -> None:
-    starts = np.concatenate(([0], np.cumsum([len(source) for source in sources])))
-    num_rows = int(starts[-1])
-    # Written aside and renamed: a store that exists is complete. The name keeps builders on a shared disk apart.
-    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "work").mkdir(parents=True)
-    num_processes = max(1, min(num_processes, num_rows // _ROWS_PER_PROCESS))
-    try:
-        rows = datasets.Dataset.from_dict({"row": np.arange(num_rows)}).map(
-            functools.partial(_tokenize, sources=sources, starts=starts),
-            remove_columns=["row"],
-            features=datasets.Features(
-                {
-                    "tokens": datasets.Sequence(datasets.Value("int32")),
-                    "is_target": datasets.Sequence(datasets.Value("bool")),
-                    "num_tokens": datasets.Value("int32"),
-                    "num_targets": datasets.Value("int32"),
-                    "source": datasets.Value("int16"),
-                }
-            ),
-            num_proc=num_processes if num_processes > 1 else None,
-            cache_file_name=str(aside / "work" / "rows.arrow"),
-            new_fingerprint=path.name,  # the default would hash the data sets row by row
-            desc="Tokenising",
-        )
-        rows.save_to_disk(str(aside / "store"))
-        (aside / "store" / _FINGERPRINT).write_text(_content_fingerprint(rows))
-        try:
-            (aside / "store").rename(path)
-        except OSError:
-            if not path.exists():  # another node on a shared disk may have been faster
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _tokenize(row: dict[str, int], *, sources: Sequence[SampleSource], starts: NDArray[np.int64]) -> dict[str, Any]:
-    source = int(np.searchsorted(starts, row["row"], side="right")) - 1
-    local_row = row["row"] - int(starts[source])
-    try:
-        sample = sources[source][local_row]
-        tokens, labels = np.asarray(sample["tokens"], dtype=np.int32), np.asarray(sample["labels"])
-    except HbpError:
-        raise
-    except Exception as error:
-        raise unreadable_row(source, local_row, error) from error
-    is_target = labels != IGNORE_INDEX
-    if len(labels) != len(tokens) or (labels[is_target] != tokens[is_target]).any():
-        raise DataError(
-            f"row {local_row} of data set {source}: labels must equal tokens or be {IGNORE_INDEX}; this component gives others"
-        )
-    return {
-        "tokens": tokens,
-        "is_target": is_target,
-        "num_tokens": len(tokens),
-        "num_targets": int(is_target[1:].sum()),
-        "source": source,
-    }
+_FORMAT = "token store 2"  # raised when the columns or their meaning change

@@ -115,7 +115,7 @@ class Watch:
         elif now - self._last_sign_s > self._timeout_s:
             raise ConfigError(
                 f"{self._name}: no rank has made progress for {self._timeout_key}={self._timeout_s:g}, and ranks "
-                f"{self._missing()} are not done; look for their errors, or raise {self._timeout_key} if a step alone takes longer"
+                f"{self._missing()} are not done; look for their errors, or raise {self._timeout_key} if one step takes longer"
             )
 
     def _first_error(self) -> Exception:
