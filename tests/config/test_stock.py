@@ -12,7 +12,7 @@ from torchtune import config, training
 from torchtune._recipe_registry import get_all_recipes
 
 from hbp_tune.components import Ulysses, adapt_decoder, build, check_config, check_groups, describe_layouts
-from hbp_tune.components.config.stock import is_stock_loss, local_files, missing_tokenizer_files
+from hbp_tune.components.config.stock import is_stock_loss, missing_tokenizer_files
 from hbp_tune.components.planning.errors import ConfigError
 from hbp_tune.recipes import hbp_full_finetune_distributed
 
@@ -304,50 +304,6 @@ def test_stock_losses() -> None:
         ConfigError, match=r"loss.ignore_index of \S+CEWithChunkedOutputLoss .*; use hbp_tune.components.AveTokenLoss"
     ):
         is_stock_loss(settings(loss={"_component_": chunked, "ignore_index": 0}))
-
-
-def data(*names: Any, source: str = "json") -> dict[str, Any]:
-    return {"_component_": "d", "source": source, "data_files": names[0] if len(names) == 1 else list(names)}
-
-
-def test_local_files_are_data_files_then_the_tokenizer_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("b.jsonl", "a.jsonl", "vocab.json", "deep/er/c.jsonl"):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text("{}")
-    tokenizer = {
-        "_component_": "t",
-        "path": "vocab.json",
-        "max_seq_len": None,
-        "prompt_template": {"system": ["long " * 100, ""]},
-    }
-
-    def found(*datasets: dict[str, Any]) -> list[str]:
-        return [str(path) for path in local_files(settings(dataset=list(datasets), tokenizer=tokenizer))]
-
-    assert found(data("*.jsonl")) == ["a.jsonl", "b.jsonl", "vocab.json"]
-    assert found(data("**/*.jsonl")) == ["a.jsonl", "b.jsonl", "deep/er/c.jsonl", "vocab.json"]
-    assert found(data("b.jsonl", "a.jsonl"), data({"train": "deep/er/c.jsonl"})) == [
-        "b.jsonl",
-        "a.jsonl",
-        "deep/er/c.jsonl",
-        "vocab.json",
-    ]
-    assert found(data("https://example.org/a.jsonl", "hf://datasets/x/y.jsonl")) == ["vocab.json"]
-    assert found({"_component_": "d", "source": "hub/name"}, data("train.jsonl", source="hub/name")) == ["vocab.json"]
-
-
-def test_a_missing_data_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("here.jsonl").write_text("{}")
-    with pytest.raises(ConfigError, match=rf"dataset 1: data file no/such.jsonl does not exist \(looked from {tmp_path}\)$"):
-        local_files(settings(dataset=[data("here.jsonl"), data("here.jsonl", "no/such.jsonl")]))
-    with pytest.raises(ConfigError, match=r"data file x/\*.jsonl does not exist"):
-        local_files(settings(dataset=data("x/*.jsonl")))
-    with pytest.raises(
-        ConfigError, match=r"hbp_demo/chat.jsonl does not exist .*; `python -m hbp_tune.demo` makes the demo's data"
-    ):
-        local_files(settings(dataset=data("hbp_demo/chat.jsonl")))
 
 
 def test_missing_files_of_the_tokenizer(tmp_path: Path) -> None:

@@ -1,6 +1,4 @@
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -8,26 +6,12 @@ from torchtune.data import Message
 from torchtune.datasets import chat_dataset, instruct_dataset, text_completion_dataset
 
 from hbp_tune.components.data.estimate import BYTES_PER_TOKEN, CharacterEstimate, estimate_lengths
+from hbp_tune.components.data.rows import BadRow
 from hbp_tune.components.planning.errors import DataError
+from tests.data.sources import CHAT, chat, written
 from tests.helpers import RandomTokens
 
-CHAT = {"source": "json", "split": "train", "conversation_column": "messages", "conversation_style": "openai"}
 TEN_TOKENS = "x" * round(10 * BYTES_PER_TOKEN)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
-
-
-def written(path: Path, *rows: Any) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def chat(*turns: str) -> dict[str, Any]:
-    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]}
 
 
 def test_tokens_and_mask_by_hand() -> None:
@@ -59,29 +43,37 @@ def test_data_sets_of_torchtune(tmp_path: Path) -> None:
     chats = written(tmp_path / "chat.jsonl", chat(TEN_TOKENS, TEN_TOKENS), chat(TEN_TOKENS, TEN_TOKENS * 2, "Go on.", TEN_TOKENS))
     tasks = written(tmp_path / "tasks.jsonl", {"input": TEN_TOKENS, "output": TEN_TOKENS * 3})
     texts = written(tmp_path / "texts.jsonl", {"text": TEN_TOKENS * 4})
-    lengths, num_targets, classes = estimate_lengths(
+    counts = estimate_lengths(
         [
             chat_dataset(tokenizer, data_files=chats, **CHAT),
             instruct_dataset(tokenizer, source="json", data_files=tasks, split="train"),
             text_completion_dataset(tokenizer, source="json", data_files=texts, split="train"),
         ]
     )
-    assert lengths.tolist() == [2 + 15 + 15, 2 + 15 + 25 + 6 + 15, 2 + 15 + 35, 2 + 40]
-    assert num_targets.tolist() == [15, 25 + 15, 35, 41]
-    assert classes.tolist() == [0, 0, 1, 2]
-    assert (lengths.dtype, num_targets.dtype, classes.dtype) == (np.int32, np.int32, np.int16)
+    assert counts.lengths.tolist() == [2 + 15 + 15, 2 + 15 + 25 + 6 + 15, 2 + 15 + 35, 2 + 40]
+    assert counts.num_targets.tolist() == [15, 25 + 15, 35, 41]
+    assert counts.sources.tolist() == [0, 0, 1, 2]
+    assert counts.rows.tolist() == [0, 1, 0, 0]
+    assert counts.bad_rows == ()
+    dtypes = [array.dtype for array in (counts.lengths, counts.num_targets, counts.sources, counts.rows)]
+    assert dtypes == [np.int32, np.int32, np.int16, np.int32]
 
 
 def test_a_data_set_that_needs_no_tokenizer_is_counted() -> None:
-    lengths, num_targets, _ = estimate_lengths([RandomTokens([6, 1], 50, seed=0)])
-    assert lengths.tolist() == [6, 1]
-    assert num_targets.tolist() == [4, 0], "a third is masked, and the first token is never predicted"
+    counts = estimate_lengths([RandomTokens([6, 2], 50, seed=0)])
+    assert counts.lengths.tolist() == [6, 2]
+    assert counts.num_targets.tolist() == [4, 1], "a third is masked, and the first token is never predicted"
 
 
 def test_bad_rows_and_no_rows(tmp_path: Path) -> None:
     file = written(tmp_path / "chat.jsonl", chat("Hi.", "Hello."), {"messages": [{"role": "assistant", "content": "Alone."}]})
     bad = chat_dataset(CharacterEstimate(), data_files=file, **CHAT)
-    with pytest.raises(DataError, match=r"row 1 of data set 1 is no conversation .*ValueError: .*Check the row"):
-        estimate_lengths([RandomTokens([3], 50, seed=0), bad])
+    counts = estimate_lengths([RandomTokens([3], 50, seed=0), bad])
+    assert counts.bad_rows == (
+        BadRow(source=1, row=1, reason="ValueError: Messages must be at least length 2, but got 1 messages"),
+    )
+    assert (counts.sources.tolist(), counts.rows.tolist()) == ([0, 1], [0, 0])
+    with pytest.raises(DataError, match=r"row 0 of data set 0 is no conversation .*: no target: .*Check the row"):
+        estimate_lengths([RandomTokens([1, 1], 50, seed=0)])
     with pytest.raises(DataError, match=r"the data set is empty: it has no row"):
         estimate_lengths([RandomTokens([], 50, seed=0)])

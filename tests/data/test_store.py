@@ -1,135 +1,121 @@
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from hbp_tune.components import open_token_store, store_key
+from hbp_tune.components.data.rows import NO_TARGET, BadRow
+from hbp_tune.components.data.store import Builder, digest_files, open_token_store, store_key
 from hbp_tune.components.planning.errors import DataError
+from tests.data.sources import Rows
 from tests.helpers import RandomTokens
 
-
-class Rows:
-    """A data set of given rows; a row that is an exception is raised."""
-
-    def __init__(self, *rows: Any) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if isinstance(self.rows[index], Exception):
-            raise self.rows[index]
-        tokens, labels = self.rows[index]
-        return {"tokens": tokens, "labels": labels}
-
-
-FIRST = Rows(([5, 6, 7], [-100, 6, 7]), ([8], [8]))
+FIRST = Rows(([5, 6, 7], [-100, 6, 7]), ([8, 9], [8, 9]))
 SECOND = Rows(([1, 2, 3, 4], [1, -100, -100, 4]))
 
 
 def test_samples_of_all_data_sets_in_order(tmp_path: Path) -> None:
-    store = open_token_store([FIRST, SECOND], tmp_path / "store", is_builder=True)
-    assert store.lengths.tolist() == [3, 1, 4]
+    store = open_token_store([FIRST, SECOND], tmp_path / "store")
+    assert len(store) == 3
+    assert store.lengths.tolist() == [3, 2, 4]
     assert store.sources.tolist() == [0, 0, 1]
+    assert store.rows.tolist() == [0, 1, 0]
+    assert (store.lengths.dtype, store.sources.dtype, store.rows.dtype) == (np.int32, np.int16, np.int32)
     # The first token of a sample is never predicted.
-    assert store.num_targets_within(100).tolist() == [2, 0, 1]
+    assert store.num_targets_within(100).tolist() == [2, 1, 1]
     tokens, is_target = store.read(np.array([2, 0]), np.array([4, 3]))
     assert tokens.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert is_target.tolist() == [True, False, False, True, False, True, True]
 
 
 def test_cut_samples_count_the_targets_that_are_left(tmp_path: Path) -> None:
-    store = open_token_store([FIRST, SECOND], tmp_path / "store", is_builder=True)
-    assert store.num_targets_within(3).tolist() == [2, 0, 0]
-    assert store.num_targets_within(2).tolist() == [1, 0, 0]
+    store = open_token_store([FIRST, SECOND], tmp_path / "store")
+    assert store.num_targets_within(3).tolist() == [2, 1, 0]
+    assert store.num_targets_within(2).tolist() == [1, 1, 0]
     tokens, _ = store.read(np.array([0, 2]), np.array([2, 1]))
     assert tokens.tolist() == [5, 6, 1]
 
 
 def test_reading_no_sample_gives_nothing(tmp_path: Path) -> None:
-    store = open_token_store([FIRST], tmp_path / "store", is_builder=True)
+    store = open_token_store([FIRST], tmp_path / "store")
     tokens, is_target = store.read(np.array([], dtype=np.int32), np.array([], dtype=np.int32))
     assert len(tokens) == len(is_target) == 0
 
 
-def test_tokenising_in_parallel_gives_the_same_store(tmp_path: Path) -> None:
+def test_who_builds_does_not_matter(tmp_path: Path) -> None:
     source = RandomTokens([3 + i % 7 for i in range(1200)], 50, seed=1)
-    one = open_token_store([source], tmp_path / "one", is_builder=True, num_processes=1)
-    two = open_token_store([source], tmp_path / "two", is_builder=True, num_processes=2)
+    one = open_token_store([source], tmp_path / "one", Builder(num_processes=1, show_progress=False))
+    two = open_token_store([source], tmp_path / "two", Builder(num_processes=2, first=0.7, show_progress=False))
     assert one.fingerprint == two.fingerprint
     assert one.lengths.tolist() == two.lengths.tolist() == source.lengths
-    for ids in (np.array([0, 599, 600, 1199]),):
-        assert two.read(ids, two.lengths[ids])[0].tolist() == [t for i in ids for t in source[int(i)]["tokens"]]
+    assert two.rows.tolist() == list(range(1200))
+    ids = np.array([0, 239, 240, 1199])
+    assert two.read(ids, two.lengths[ids])[0].tolist() == [t for i in ids for t in source[int(i)]["tokens"]]
+
+
+def test_bad_rows_leave_gaps_and_are_noted(tmp_path: Path) -> None:
+    bad = Rows(FIRST.rows[0], KeyError("x"), ([1, 2], [-100, -100]), FIRST.rows[1])
+    store = open_token_store([SECOND, bad], tmp_path / "store")
+    assert store.lengths.tolist() == [4, 3, 2]
+    assert store.sources.tolist() == [0, 1, 1]
+    assert store.rows.tolist() == [0, 0, 3]
+    assert store.bad_rows == (
+        BadRow(source=1, row=1, reason="KeyError: 'x'"),
+        BadRow(source=1, row=2, reason=NO_TARGET),
+    )
+    assert open_token_store([SECOND, bad], tmp_path / "store").bad_rows == store.bad_rows
+    assert store.fingerprint == open_token_store([SECOND, FIRST], tmp_path / "good").fingerprint, "it is of samples"
 
 
 def test_fingerprint_follows_content_only(tmp_path: Path) -> None:
-    base = open_token_store([FIRST], tmp_path / "a", is_builder=True).fingerprint
-    assert open_token_store([Rows(*FIRST.rows)], tmp_path / "b", is_builder=True).fingerprint == base
+    base = open_token_store([FIRST], tmp_path / "a").fingerprint
+    assert open_token_store([Rows(*FIRST.rows)], tmp_path / "b").fingerprint == base
     other_token = Rows(([5, 6, 9], [-100, 6, 9]), FIRST.rows[1])
     other_mask = Rows(([5, 6, 7], [-100, -100, 7]), FIRST.rows[1])
-    other_cut = Rows(([5, 6], [-100, 6]), ([7, 8], [7, 8]))
+    other_cut = Rows(([5, 6], [-100, 6]), ([7, 8, 9], [7, 8, 9]))
     for name, changed in (("c", other_token), ("d", other_mask), ("e", other_cut)):
-        assert open_token_store([changed], tmp_path / name, is_builder=True).fingerprint != base
+        assert open_token_store([changed], tmp_path / name).fingerprint != base
 
 
 def test_a_finished_store_is_not_made_again(tmp_path: Path) -> None:
-    made = open_token_store([FIRST], tmp_path / "store", is_builder=True)
+    made = open_token_store([FIRST], tmp_path / "store")
     broken = Rows(ValueError("must not be read"), ValueError("must not be read"))
-    assert open_token_store([broken], tmp_path / "store", is_builder=True).fingerprint == made.fingerprint
+    assert open_token_store([broken], tmp_path / "store").fingerprint == made.fingerprint
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (
-            Rows(FIRST.rows[0], KeyError("messages")),
-            r"row 1 of data set 1 is no conversation .*KeyError: 'messages'.*conversation_column",
-        ),
-        (Rows(([1, 2], [1, 3])), r"row 0 of data set 1: labels must equal tokens or be -100"),
-        (Rows(([1, 2], [1])), r"row 0 of data set 1: labels must equal tokens or be -100"),
-    ],
-)
-def test_bad_rows_are_named_and_leave_nothing_behind(tmp_path: Path, rows: Rows, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        open_token_store([FIRST, rows], tmp_path / "store", is_builder=True)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("is_builder", [True, False])
-def test_no_row_at_all(tmp_path: Path, is_builder: bool) -> None:
+def test_no_row_at_all(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the data set is empty: it has no row"):
-        open_token_store([Rows(), Rows()], tmp_path / "store", is_builder=is_builder)
+        open_token_store([Rows(), Rows()], tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_rows_that_are_bad_for_several_reasons_and_none_good(tmp_path: Path) -> None:
+    rows = Rows(KeyError("messages"), ([1], [1]))
+    message = r"row 0 of data set 0 is no conversation .*: KeyError: 'messages', nor are the 1 rows after it. Check the row"
+    with pytest.raises(DataError, match=message):
+        open_token_store([rows], tmp_path / "store")
+
+
+def test_the_watch_sees_progress_and_may_end_the_build(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def watch(progress: int) -> None:
+        seen.append(progress)
+        if len(seen) == 3:
+            raise DataError("another rank failed")
+
+    source = RandomTokens([200] * 200_000, 50, seed=1)
+    with pytest.raises(DataError, match="another rank failed"):
+        open_token_store([source], tmp_path / "store", Builder(num_processes=1, watch=watch, show_progress=False))
+    assert seen == sorted(seen)
 
 
 def test_key_follows_settings_and_file_content(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text("one")
-    key = store_key([{"source": "json"}], [file])
-    assert store_key([{"source": "json"}], [file]) == key
-    assert store_key([{"source": "csv"}], [file]) != key
+    key = store_key([{"source": "json"}], digest_files([file]))
+    assert store_key([{"source": "json"}], digest_files([file])) == key
+    assert store_key([{"source": "csv"}], digest_files([file])) != key
+    file.rename(tmp_path / "moved.jsonl")
+    assert store_key([{"source": "json"}], digest_files([tmp_path / "moved.jsonl"])) == key
     file.write_text("two")
-    assert store_key([{"source": "json"}], [file]) != key
-
-
-def test_a_killed_builder_leaves_no_store_that_counts(tmp_path: Path) -> None:
-    script = (
-        "import time\nfrom pathlib import Path\nfrom hbp_tune.components import open_token_store\n"
-        "class Slow:\n"
-        "    def __len__(self): return 100000\n"
-        "    def __getitem__(self, i):\n"
-        "        print('row', flush=True); time.sleep(0.01); return {'tokens': [1], 'labels': [1]}\n"
-        f"open_token_store([Slow()], Path({str(tmp_path / 'store')!r}), is_builder=True, num_processes=1)\n"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as builder:
-        assert builder.stdout is not None
-        builder.stdout.readline()
-        os.kill(builder.pid, signal.SIGKILL)
-    assert not (tmp_path / "store").exists()
-    assert len(open_token_store([FIRST], tmp_path / "store", is_builder=True)) == 2
+    assert store_key([{"source": "json"}], digest_files([file])) != key

@@ -39,7 +39,12 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
         r"3000 tokens, the model encodes 2048",
     ),
     ("empty", {"dataset.lengths": []}, r"the data set is empty: it has no row"),
-    ("no target", {"dataset.lengths": [1, 1]}, r"step 0 has no target: none of its samples \[\d, \d\]"),
+    (
+        "no target",
+        {"dataset.lengths": [1, 1]},
+        r"row 0 of data set 0 is no conversation that its component can read: no target: .*, nor are the 1 rows after it",
+    ),
+    ("some without target", {"dataset.lengths": [1, 9]}, r"1 of 2 rows are no training samples \(1 no target: .*bad_rows=drop"),
     ("accumulation", {"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps=4.*planner.tokens_per_step"),
     (
         "component",
@@ -88,4 +93,4 @@ def test_dropped_and_truncated_samples_are_listed(ranks: Callable[[int], RankPoo
         steps = ranks(2).run(run_recipe_job, cfg)[0]
         assert sum(step["num_tokens"] for step in steps) == {"drop": 110, "truncate": 110 + 2 * 512}[overlong]
         rows = (tmp_path / "out/overlong.csv").read_text().split()
-        assert rows == ["sample_id,dataset,row,num_tokens", "1,0,1,600", "3,0,3,700"]
+        assert rows == ["sample_id,dataset,file,row,line,num_tokens", "1,random_tokens,,1,,600", "3,random_tokens,,3,,700"]

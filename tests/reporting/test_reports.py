@@ -10,6 +10,7 @@ from hbp_tune.components.planning.cost import CostModel
 from hbp_tune.components.planning.planner import BalancePlanner
 from hbp_tune.components.planning.records import PackingGroup
 from hbp_tune.components.reporting.overlong import report_overlong
+from hbp_tune.components.reporting.places import RowPlace
 from hbp_tune.components.reporting.tables import print_plan
 
 GROUPS = (PackingGroup(name="short", pack_len=64), PackingGroup(name="long", pack_len=256, cp_degree=2, ac_layers=3))
@@ -45,16 +46,21 @@ def test_one_sample_prints() -> None:
     assert "1 samples placed" in printed(np.array([5], dtype=np.int32), 80)
 
 
+def unknown_places(ids: np.ndarray) -> list[RowPlace]:
+    return [RowPlace(dataset="some", row=int(i)) for i in ids]
+
+
 def test_overlong_samples_are_listed_by_data_set_and_row(tmp_path: Path) -> None:
     lengths = np.array([10, 300, 20, 400, 5], dtype=np.int32)
-    sources = np.array([0, 0, 1, 1, 1], dtype=np.int16)
+    places = [RowPlace(dataset="chat", file="a.jsonl", row=1, line=3), RowPlace(dataset="hub", row=7)]
     plan = BalancePlanner(overlong="drop").plan(lengths, lengths, GROUPS, world_size=2, seed=0)
-    line = report_overlong(plan, lengths, sources, tmp_path / "new")
+    line = report_overlong(plan, lengths, tmp_path / "new", lambda ids: [places[int(i) // 2] for i in ids])
     assert line == (
         "2 of 5 samples are longer than pack_len=256 of the longest group 'long': the longest has 400 tokens; first rows: 1, 3; "
         f"dropped, all listed in {tmp_path / 'new' / 'overlong.csv'}"
     )
-    assert (tmp_path / "new/overlong.csv").read_text().split() == ["sample_id,dataset,row,num_tokens", "1,0,1,300", "3,1,1,400"]
+    listed = (tmp_path / "new/overlong.csv").read_text().split()
+    assert listed == ["sample_id,dataset,file,row,line,num_tokens", "1,chat,a.jsonl,1,3,300", "3,hub,,7,,400"]
 
 
 def test_what_was_drawn_twice_is_counted_twice_and_listed_once(tmp_path: Path) -> None:
@@ -73,7 +79,7 @@ def test_what_was_drawn_twice_is_counted_twice_and_listed_once(tmp_path: Path) -
 def test_nothing_overlong_nothing_said(tmp_path: Path) -> None:
     lengths = np.array([10, 20], dtype=np.int32)
     plan = BalancePlanner().plan(lengths, lengths, GROUPS, world_size=2, seed=0)
-    assert report_overlong(plan, lengths, np.zeros(2, dtype=np.int16), tmp_path) is None
+    assert report_overlong(plan, lengths, tmp_path, unknown_places) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,7 +129,7 @@ def test_large_figures_stay_whole(width: int) -> None:
 def test_truncated_samples_are_listed_at_their_stored_length(tmp_path: Path) -> None:
     lengths = np.array([10, 300, 257], dtype=np.int32)
     plan = BalancePlanner(overlong="truncate").plan(lengths, lengths, GROUPS, world_size=2, seed=0)
-    line = report_overlong(plan, lengths, np.array([0, 2, 2], dtype=np.int16), tmp_path)
+    line = report_overlong(plan, lengths, tmp_path, unknown_places)
     assert line is not None
     assert line.endswith(f"; truncated, all listed in {tmp_path / 'overlong.csv'}")
-    assert (tmp_path / "overlong.csv").read_text().split()[1:] == ["1,2,0,300", "2,2,1,257"]
+    assert (tmp_path / "overlong.csv").read_text().split()[1:] == ["1,some,,1,,300", "2,some,,2,,257"]
