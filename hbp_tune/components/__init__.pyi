@@ -73,7 +73,9 @@ from hbp_tune.components.planning.draw import draw_samples as draw_samples
 from hbp_tune.components.planning.errors import ConfigError as ConfigError
 from hbp_tune.components.planning.exchange import AttentionHeads as AttentionHeads
 from hbp_tune.components.planning.metrics import PlanMetrics as PlanMetrics
+from hbp_tune.components.planning.metrics import StepMetrics as StepMetrics
 from hbp_tune.components.planning.metrics import measure as measure
+from hbp_tune.components.planning.metrics import measure_steps as measure_steps
 from hbp_tune.components.planning.packing import FirstFit as FirstFit
 from hbp_tune.components.planning.planner import BalancePlanner as BalancePlanner
 from hbp_tune.components.planning.planner import check_targets as check_targets

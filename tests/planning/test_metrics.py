@@ -6,7 +6,14 @@ import pytest
 from numpy.typing import NDArray
 
 from hbp_tune.components.planning.cost import CostModel
-from hbp_tune.components.planning.metrics import diversity_by_group, measure, micro_step_s, padded_lens
+from hbp_tune.components.planning.metrics import (
+    StepMetrics,
+    diversity_by_group,
+    measure,
+    measure_steps,
+    micro_step_s,
+    padded_lens,
+)
 from hbp_tune.components.planning.planner import BalancePlanner
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup
 from hbp_tune.components.planning.sharding import padded_len
@@ -261,3 +268,45 @@ def test_one_step_or_one_class_is_as_diverse_as_can_be(two_groups: tuple[Packing
     assert diversity_by_group(plan_of(array(5, 6, 7), two_groups, world_size=2)).tolist() == [1, 1]
     plan = plan_of(np.arange(1, 65, dtype=np.int32), two_groups, world_size=2)
     assert diversity_by_group(plan, np.full(64, 3, dtype=np.int16)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("mode", ["cost", "paper"])
+def test_a_step_has_the_figures_of_its_packs_as_a_plan_of_their_own(mode: str) -> None:
+    groups = (PackingGroup(name="short", pack_len=1024), PackingGroup(name="long", pack_len=8192, cp_degree=2, ac_layers=8))
+    for seed in range(5):
+        cost = cost_doubling_at(300)
+        plan = plan_of(chat_lengths(400, 8192, seed, sigma=1.6), groups, world_size=8, mode=mode, tokens_per_step=70_000)
+        steps = measure_steps(plan, cost)
+        assert len(steps) == plan.num_steps
+        assert steps.tokens.tolist() == plan.step_tokens.tolist()
+        for step in range(plan.num_steps):
+            alone = measure(only_step(plan, step), cost)
+            got = {name: getattr(steps, name)[step] for name in ("dbr", "pr", "abr", "cr")}
+            assert got == pytest.approx({name: getattr(alone, name) for name in got}, abs=1e-12)
+            assert steps.modelled_s[step] == pytest.approx(alone.epoch_s)
+            mine = plan.lengths[plan.pack_step[plan.pack_of_sample] == step].astype(np.int64)
+            assert steps.squares[step] == (mine**2).sum()
+            assert groups[steps.group[step]].cp_degree == only_step(plan, step).cp_degrees[0]
+
+
+def only_step(plan: EpochPlan, step: int) -> EpochPlan:
+    """Give a plan of the packs of one step."""
+    packs = np.flatnonzero(plan.pack_step == step)
+    samples = slice(int(plan.pack_offsets[packs[0]]), int(plan.pack_offsets[packs[-1] + 1]))
+    fields = ("pack_group", "pack_step", "pack_micro_step", "pack_first_rank")
+    return replace(
+        plan,
+        sample_ids=plan.sample_ids[samples],
+        lengths=plan.lengths[samples],
+        pack_offsets=plan.pack_offsets[packs[0] : packs[-1] + 2] - plan.pack_offsets[packs[0]],
+        **{name: getattr(plan, name)[packs] for name in fields} | {"pack_step": np.zeros(len(packs), dtype=np.int32)},
+    )
+
+
+def test_the_steps_of_a_run_are_those_of_its_epochs_up_to_its_end() -> None:
+    groups = (PackingGroup(name="all", pack_len=1024),)
+    cost = CostModel()
+    epochs = [measure_steps(plan_of(chat_lengths(50, 1024), groups, world_size=2, seed=seed), cost) for seed in (0, 1)]
+    run = StepMetrics.joined(epochs, [len(epochs[0]), 2])
+    assert len(run) == len(epochs[0]) + 2
+    assert run.tokens.tolist() == [*epochs[0].tokens.tolist(), *epochs[1].tokens[:2].tolist()]

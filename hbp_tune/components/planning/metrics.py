@@ -1,6 +1,7 @@
 """Metrics of a plan: the paper's (HBP paper, section 2.2), and what they mean in modelled cost and time."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,40 @@ class PlanMetrics:
     epoch_s: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepMetrics:
+    """The figures of each optimizer step, in training order; definitions as in `PlanMetrics`, over one step.
+
+    Args:
+        group: ``int64[num_steps]``, index into the plan's groups.
+        tokens: ``int64[num_steps]``, real tokens over all ranks.
+        squares: ``int64[num_steps]``, ``sum(len ** 2)`` over all documents.
+        dbr: ``float64[num_steps]``, mean over the step's micro-steps.
+        pr: ``float64[num_steps]``.
+        abr: ``float64[num_steps]``, mean over the step's micro-steps.
+        cr: ``float64[num_steps]``.
+        modelled_s: ``float64[num_steps]``, modelled seconds, see `micro_step_s`.
+    """
+
+    group: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    squares: NDArray[np.int64]
+    dbr: NDArray[np.float64]
+    pr: NDArray[np.float64]
+    abr: NDArray[np.float64]
+    cr: NDArray[np.float64]
+    modelled_s: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @classmethod
+    def joined(cls, epochs: "Sequence[StepMetrics]", num_steps: Sequence[int]) -> "StepMetrics":
+        """Put the first ``num_steps`` steps of each epoch one after the other: the steps of the run."""
+        parts = list(zip(epochs, num_steps, strict=True))
+        return cls(**{x.name: np.concatenate([getattr(epoch, x.name)[:steps] for epoch, steps in parts]) for x in fields(cls)})
+
+
 def padded_lens(plan: EpochPlan) -> NDArray[np.int64]:
     """Token slots of each pack over its CP ranks, ``int64[packs]``."""
     tokens = plan.sum_per_pack(plan.lengths)
@@ -78,17 +113,49 @@ def measure(plan: EpochPlan, cost: CostModel, classes: NDArray[np.int16] | None 
     diversity = diversity_by_group(plan, classes)
     samples = np.bincount(plan.pack_group, weights=np.diff(plan.pack_offsets), minlength=len(plan.groups))
     return PlanMetrics(
-        dbr=_idle_share(tokens, micro_steps),
+        dbr=float(_idle_shares(tokens, micro_steps).mean()),
         pr=float((slots - tokens)[~is_empty].sum() / slots[~is_empty].sum()),
         pr_tail=float(slots[is_empty].sum() / slots.sum()),
-        abr=_idle_share(squares, micro_steps),
+        abr=float(_idle_shares(squares, micro_steps).mean()),
         cr=float(tokens[plan.cp_degrees > 1].sum() / tokens.sum()),
         ave_t=float(tokens.sum() / (len(micro_steps) * plan.world_size)),
-        cbr=_idle_share(costs, micro_steps),
+        cbr=float(_idle_shares(costs, micro_steps).mean()),
         idle=float(1.0 - mean_cost.sum() / most_cost.sum()),
         p99_imbalance=float(np.quantile(step_idle, 0.99)),
         diversity=float(diversity[int(np.argmax(samples))]),
         epoch_s=float(micro_step_s(plan, cost).sum()),
+    )
+
+
+def measure_steps(plan: EpochPlan, cost: CostModel) -> StepMetrics:
+    """Compute the figures of each optimizer step.
+
+    Args:
+        plan: of one epoch.
+        cost: of the model that is trained.
+    """
+    tokens = plan.sum_per_pack(plan.lengths)
+    squares = plan.sum_per_pack(attention_work(plan.lengths))
+    slots = np.where(np.diff(plan.pack_offsets) > 0, padded_lens(plan), 0)
+    micro_steps = plan.micro_step_starts
+    step_of_micro_step = plan.pack_step[micro_steps]
+
+    def over_packs(values: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.add.reduceat(values, np.flatnonzero(np.diff(plan.pack_step, prepend=-1)))
+
+    def over_micro_steps(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.bincount(step_of_micro_step, weights=values).astype(np.float64)
+
+    num_micro_steps = np.bincount(step_of_micro_step)
+    return StepMetrics(
+        group=plan.step_groups.astype(np.int64),
+        tokens=over_packs(tokens),
+        squares=over_packs(squares),
+        dbr=over_micro_steps(_idle_shares(tokens, micro_steps)) / num_micro_steps,
+        pr=1.0 - over_packs(tokens) / over_packs(slots),
+        abr=over_micro_steps(_idle_shares(squares, micro_steps)) / num_micro_steps,
+        cr=over_packs(np.where(plan.cp_degrees > 1, tokens, 0)) / over_packs(tokens),
+        modelled_s=over_micro_steps(micro_step_s(plan, cost)),
     )
 
 
@@ -152,7 +219,7 @@ def _most_and_mean(load: NDArray[np.int64], starts: NDArray[np.int64]) -> tuple[
     return np.maximum.reduceat(load, starts), np.add.reduceat(load, starts) / num_replicas
 
 
-def _idle_share(load: NDArray[np.int64], starts: NDArray[np.int64]) -> float:
-    """Mean over micro-steps of ``sum(max - load) / (max * N)``."""
+def _idle_shares(load: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Give ``sum(max - load) / (max * N)`` of each micro-step, ``float64[micro-steps]``."""
     most, mean = _most_and_mean(load, starts)
-    return float(np.mean(1.0 - mean / most))
+    return 1.0 - mean / most
