@@ -103,10 +103,12 @@ from hbp_tune.components.reporting.tables import print_groups as print_groups
 from hbp_tune.components.reporting.tables import print_lengths as print_lengths
 from hbp_tune.components.reporting.tables import print_metrics as print_metrics
 from hbp_tune.components.reporting.tables import print_plan as print_plan
+from hbp_tune.components.training.busy import busy_clock as busy_clock
 from hbp_tune.components.training.disk import export_weights as export_weights
 from hbp_tune.components.training.disk import num_bytes as num_bytes
 from hbp_tune.components.training.faults import StepGuard as StepGuard
 from hbp_tune.components.training.faults import explain_out_of_memory as explain_out_of_memory
+from hbp_tune.components.training.hardware import peak_flops_per_s as peak_flops_per_s
 from hbp_tune.components.training.loss import AveTokenLoss as AveTokenLoss
 from hbp_tune.components.training.loss import LongAlignLoss as LongAlignLoss
 from hbp_tune.components.training.loss import SampleMeanLoss as SampleMeanLoss
@@ -118,4 +120,5 @@ from hbp_tune.components.training.progress import RunIdentity as RunIdentity
 from hbp_tune.components.training.progress import check_plan_hash as check_plan_hash
 from hbp_tune.components.training.progress_folder import set_aside as set_aside
 from hbp_tune.components.training.signals import StopSignals as StopSignals
-from hbp_tune.components.training.telemetry import StepClock as StepClock
+from hbp_tune.components.training.telemetry import StepTelemetry as StepTelemetry
+from hbp_tune.components.training.telemetry import progress_line as progress_line

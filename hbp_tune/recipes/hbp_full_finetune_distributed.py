@@ -8,6 +8,7 @@ or copy this file into your own folder, change it, and start it by its file name
 """
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torchtune import config, training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
@@ -41,8 +43,9 @@ from hbp_tune.components import (
     Position,
     ProgressSaver,
     RunIdentity,
-    StepClock,
     StepGuard,
+    StepMetrics,
+    StepTelemetry,
     StopSignals,
     TokenStore,
     adapt_decoder,
@@ -51,6 +54,7 @@ from hbp_tune.components import (
     build,
     build_cp_meshes,
     build_fsdp_mesh,
+    busy_clock,
     check_ac_layers,
     check_config,
     check_groups,
@@ -69,13 +73,16 @@ from hbp_tune.components import (
     from_rank_zero,
     is_stock_loss,
     make_checkpointable,
+    measure_steps,
     model_shape,
     num_bytes,
     open_data,
     pack_loader,
+    peak_flops_per_s,
     places_of_samples,
     plan_comparison,
     print_plan,
+    progress_line,
     read_plan,
     report_bad_rows,
     report_overlong,
@@ -185,7 +192,6 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             check_plan_hash(position, self._plan_hashes[position.epoch])
         limit = cfg.get("max_nonfinite_steps")
         self._guard = StepGuard(
-            self._device,
             max_nonfinite_steps=3 if limit is None else limit,
             skipped_steps=position.skipped_steps if position else 0,
         )
@@ -202,6 +208,14 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         layouts = [x for group in self._groups for x in self._context_parallel.layouts(self._decoder.heads, group.cp_degree)]
         meshes = build_cp_meshes(layouts, self._device.type, timeout=self._timeout)
         self._switch = GroupSwitch(self._decoder.layers, meshes, self._attention, self._context_parallel)
+        self._telemetry = StepTelemetry(
+            StepMetrics.joined(self._planned_steps, self._steps_per_epoch),
+            self._groups,
+            shape=self._cost.shape,
+            device=self._device,
+            peak_flops_per_s=peak_flops_per_s(self._device, self._compute_dtype),
+            busy=busy_clock(self._device, self._decoder.layers),
+        )
 
         self._profiler = self._setup_profiler(cfg)
         if self._is_rank_zero:
@@ -257,6 +271,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         timeout_s = cfg.get("token_store_timeout_s") or 1800
         self._sources, store = together(work, name="token store", timeout_s=timeout_s, timeout_key="token_store_timeout_s")
         self._num_targets = store.num_targets_within(self._groups[-1].pack_len)
+        self._places = partial(places_of_samples, self._sources, store)
         for line in describe_sources(self._sources, store, self._num_targets):
             utils.log_rank_zero(log, line)
         return store
@@ -265,6 +280,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         """Count the optimizer steps of each epoch, up to ``max_steps``, and show the plan of the first."""
         steps_per_epoch: list[int] = []
         self._plan_hashes: list[str] = []
+        self._planned_steps: list[StepMetrics] = []
         while len(steps_per_epoch) < epochs and (max_steps is None or sum(steps_per_epoch) < max_steps):
             plan = self._plan_epoch(len(steps_per_epoch), first_step=sum(steps_per_epoch))
             if not steps_per_epoch and self._is_rank_zero:
@@ -275,6 +291,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             left = plan.num_steps if max_steps is None else max_steps - sum(steps_per_epoch)
             steps_per_epoch.append(min(plan.num_steps, left))
             self._plan_hashes.append(plan.hash)
+            self._planned_steps.append(measure_steps(plan, self._cost))
         return steps_per_epoch
 
     @cached_property
@@ -319,8 +336,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         lengths = self._store.lengths
         compared = plan_comparison(plan, self._planner, seed=self.seed, cost=self._cost)
         print_plan(plan, lengths, compared=compared, cost=self._cost)
-        places = partial(places_of_samples, self._sources, self._store)
-        if line := report_overlong(plan, lengths, self._output_dir, places):
+        if line := report_overlong(plan, lengths, self._output_dir, self._places):
             log.warning(line)
 
     def _load_weights(self) -> None:
@@ -362,7 +378,6 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
     def _epoch_batches(self, epoch: int) -> Iterator[PackBatch]:
         """Load this rank's packs of an epoch, from the first step that is not done."""
         plan = self._plan = self._plan_epoch(epoch, first_step=sum(self._steps_per_epoch[:epoch]))
-        self._tokens_per_step = plan.step_tokens
         weights = self._loss.document_weights(plan, self._num_targets)
         layout = partial(self._context_parallel.layout, self._decoder.heads)
         dataset = HierarchicalPackedDataset(self._store, plan, weights, self.rank, layout)
@@ -372,7 +387,6 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     def train(self) -> None:
         """Train; every optimizer step draws its packs from one group."""
-        clock = StepClock(self._device)
         fsdp = cast(FSDPModule, self._model)
         total_steps = sum(self._steps_per_epoch)
         pbar = tqdm(total=total_steps, initial=self.global_step, disable=not self._is_rank_zero)
@@ -380,7 +394,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self._stop = StopSignals()
         for epoch in range(self.epoch, len(self._steps_per_epoch)):
             self.epoch = epoch
-            for batch in self._epoch_batches(epoch):
+            for batch in self._telemetry.watch(self._epoch_batches(epoch)):
                 pack = self._switch.activate(batch)  # the group's CP mesh and recomputed layers
                 fsdp.set_requires_gradient_sync(self._sharded_accumulation or batch.is_last_micro_step)
                 with explain_out_of_memory(batch, num_layers=len(self._decoder.layers)):
@@ -392,39 +406,30 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
                 if not batch.is_last_micro_step:
                     continue
 
-                grad_norm = nn.utils.clip_grad_norm_(self._model.parameters(), max_norm=self._clip_grad_norm)
                 # On every rank, also where only rank 0 logs, and before the weights change.
-                outcome = self._guard.reduce(grad_norm, is_asked_to_stop=self._stop.received is not None)
-                if outcome.is_finite:
+                record = self._telemetry.gather(self._guard.loss_sum(), stop=self._stop.received is not None)
+                norm = nn.utils.clip_grad_norm_(self._model.parameters(), max_norm=self._clip_grad_norm)
+                grad_norm = cast(DTensor, norm).full_tensor().item()
+                if math.isfinite(record.loss) and math.isfinite(grad_norm):
                     self._optimizer.step()
                 else:
-                    line = self._guard.skip(outcome, self._plan, self.epoch_step, self._store.sources)
+                    line = self._guard.skip(record.loss, grad_norm, self._plan, self.epoch_step, self._places)
                     utils.log_rank_zero(log, f"Step {self.global_step + 1} of the run is skipped: {line}", logging.WARNING)
                 self._guard.start_step()
                 self._optimizer.zero_grad(set_to_none=True)
                 lr = float(training.get_lr(self._optimizer))  # torchao's is a tensor, which the schedule changes in place
                 if self._lr_scheduler is not None:
                     self._lr_scheduler.step()
-                step_tokens = int(self._tokens_per_step[self.epoch_step])
+                metrics = self._telemetry.finish(record, self.global_step, lr=lr, grad_norm=grad_norm)
                 self.global_step += 1
                 self.epoch_step += 1
-
-                metrics = {
-                    "loss": outcome.loss,
-                    "lr": lr,
-                    "grad_norm": outcome.grad_norm,
-                    "skipped_steps": self._guard.skipped_steps,
-                    "tokens_per_second_per_gpu": step_tokens / (clock.read_s() * self.world_size),
-                    "num_tokens": step_tokens,
-                    "pack_len": batch.group.pack_len,
-                    "cp_degree": batch.group.cp_degree,
-                }
+                metrics["skipped_steps"] = self._guard.skipped_steps
                 self._log(metrics, batch.group.name, pbar)
                 self._profiler.step()
                 is_due = self._save_every_n_steps and self.global_step % self._save_every_n_steps == 0
-                if is_due or outcome.must_stop:
+                if is_due or record.stop:
                     self.save_progress()
-                if outcome.must_stop:
+                if record.stop:
                     self._end_early(total_steps, pbar)
                     return
             self._progress.settle()
@@ -438,8 +443,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     def _log(self, metrics: dict[str, Any], group: str, pbar: tqdm) -> None:
         pbar.update(1)
-        tps = metrics["tokens_per_second_per_gpu"]
-        pbar.set_description(f"{self.epoch + 1}|{self.global_step}|loss {metrics['loss']:.4f}|{group}|{tps:,.0f} tokens/s/rank")
+        pbar.set_description(f"{self.epoch + 1}|{self.global_step}|{progress_line(metrics, group)}")
         if not self._is_rank_zero or self._metric_logger is None or self.global_step % self._log_every_n_steps:
             return
         if self._log_peak_memory_stats:

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hbp_tune.components import BalancePlanner, EpochPlan, PackingGroup
+from hbp_tune.components import BalancePlanner, EpochPlan, PackingGroup, RowPlace
 from hbp_tune.components.planning.errors import NonFiniteError
 from hbp_tune.components.training.disk import disk_problem, num_bytes
-from hbp_tune.components.training.faults import StepGuard, StepOutcome, next_memory_setting
+from hbp_tune.components.training.faults import StepGuard, next_memory_setting
 from tests.ranks import RankPool
 
 ADVICE = [
@@ -31,34 +32,14 @@ def test_the_next_setting_that_saves_memory(settings: dict[str, Any], world_size
     assert next_memory_setting(group, world_size=world_size, num_layers=32, is_cuda=is_cuda).startswith(advice)
 
 
-@pytest.mark.parametrize(
-    ("loss", "grad_norm", "is_finite"),
-    [(1.0, 2.0, True), (float("nan"), 2.0, False), (1.0, float("inf"), False), (-float("inf"), float("nan"), False)],
-)
-def test_a_step_counts_if_loss_and_gradient_norm_are_finite(loss: float, grad_norm: float, is_finite: bool) -> None:
-    assert StepOutcome(loss=loss, grad_norm=grad_norm, must_stop=False).is_finite is is_finite
-
-
-def reduce_job(losses: list[list[float]], asked: list[bool]) -> StepOutcome:
-    rank = torch.distributed.get_rank()
-    guard = StepGuard(torch.device("cpu"))
-    for step_losses in ([7.0], losses[rank]):
+def test_the_loss_of_a_step_is_that_of_its_own_packs() -> None:
+    guard = StepGuard()
+    for step_losses in ([7.0], [1.0, 2.0]):
         guard.start_step()
         for loss in step_losses:
             guard.add(torch.tensor(loss, requires_grad=True))
-    return guard.reduce(torch.tensor(0.5), is_asked_to_stop=asked[rank])
-
-
-@pytest.mark.parametrize("asked", [[False, False], [False, True], [True, True]])
-def test_ranks_agree_on_the_sum_and_on_stopping(ranks: Callable[[int], RankPool], asked: list[bool]) -> None:
-    outcomes = ranks(2).run(reduce_job, [[1.0, 2.0], [4.0]], asked)
-    assert outcomes == [StepOutcome(loss=7.0, grad_norm=0.5, must_stop=any(asked))] * 2
-
-
-def test_a_loss_that_is_not_finite_does_not_hide_a_request_to_stop(ranks: Callable[[int], RankPool]) -> None:
-    for outcome in ranks(2).run(reduce_job, [[float("nan")], [4.0]], [False, True]):
-        assert not outcome.is_finite
-        assert outcome.must_stop
+    assert guard.loss_sum().item() == 3.0
+    assert not guard.loss_sum().requires_grad
 
 
 def plan_two_ranks() -> EpochPlan:
@@ -67,25 +48,31 @@ def plan_two_ranks() -> EpochPlan:
     return BalancePlanner(tokens_per_step=32).plan(lengths, lengths - 1, groups, world_size=2, seed=0)
 
 
+def places(sample_ids: NDArray[np.int32]) -> list[RowPlace]:
+    return [RowPlace(dataset=f"set {i // 10}", row=i % 10) for i in sample_ids.tolist()]
+
+
 def skip_job(bad_micro_steps: list[list[int]]) -> str:
     """Skip step 1, where the given micro-steps of each rank have a loss that is not finite; give the error."""
     plan, rank = plan_two_ranks(), torch.distributed.get_rank()
-    guard = StepGuard(torch.device("cpu"), max_nonfinite_steps=0)
+    guard = StepGuard(max_nonfinite_steps=0)
     for micro_step in range(len(plan.indices_for_rank(rank, first_step=1, last_step=2))):
         guard.add(torch.tensor(float("nan") if micro_step in bad_micro_steps[rank] else 1.0))
     with pytest.raises(NonFiniteError) as raised:
-        guard.skip(StepOutcome(loss=float("nan"), grad_norm=1.0, must_stop=False), plan, 1, np.repeat([0, 1], [10, 14]))
+        guard.skip(float("nan"), 1.0, plan, 1, places)
     return str(raised.value)
 
 
-def test_samples_are_named_by_id_data_set_and_row_on_all_ranks(ranks: Callable[[int], RankPool]) -> None:
+def test_samples_are_named_by_id_and_place_on_all_ranks(ranks: Callable[[int], RankPool]) -> None:
     plan = plan_two_ranks()
     mine = plan.indices_for_rank(1, first_step=1, last_step=2)
     sample = int(plan.pack(int(mine[1]), 1).sample_ids[0])
-    row = f"data set 0, row {sample}" if sample < 10 else f"data set 1, row {sample - 10}"
     messages = ranks(2).run(skip_job, [[], [1]])
     assert messages[0] == messages[1]
-    assert f"the samples of 1 packs with a loss that is not finite are {sample} ({row}). Look at these rows" in messages[0]
+    assert (
+        f"the samples of 1 packs with a loss that is not finite are {named}. Look at these rows"
+        in messages[0]
+    )
 
 
 def test_without_a_bad_pack_all_samples_of_the_step_are_named(ranks: Callable[[int], RankPool]) -> None:
@@ -93,7 +80,7 @@ def test_without_a_bad_pack_all_samples_of_the_step_are_named(ranks: Callable[[i
     packs = np.flatnonzero(plan.pack_step == 1)
     message = ranks(2).run(skip_job, [[], []])[0]
     assert "the samples of the step (each pack's loss is finite) are" in message
-    assert message.count("data set") == len(packs) == 4
+    assert message.count(" of set ") == len(packs) == 4
 
 
 def test_bytes_of_nested_tensors_are_counted() -> None:

@@ -2,55 +2,34 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hbp_tune.components.data.batch import PackBatch
 from hbp_tune.components.planning.errors import NonFiniteError, OutOfMemoryError
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup
+from hbp_tune.components.reporting.places import RowPlace
 from hbp_tune.components.training.disk import gather
 
 _NAMED_SAMPLES = 20
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepOutcome:
-    """What all ranks know of a step before the optimizer applies it.
-
-    Args:
-        loss: of the whole step.
-        grad_norm: of all gradients, before clipping.
-        must_stop: some rank was asked to end the run after this step.
-    """
-
-    loss: float
-    grad_norm: float
-    must_stop: bool
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the step may be applied."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+# Gives the rows that samples come from, ``int32[...]`` ids.
+Places = Callable[[NDArray[np.int32]], Sequence[RowPlace]]
 
 
 class StepGuard:
-    """Keeps the losses of a step's packs, and lets all ranks decide alike whether the step is applied.
+    """Keeps the losses of a step's packs, and counts the steps that are not applied.
 
     Args:
-        device: of the losses.
         max_nonfinite_steps: steps of the run that may be skipped; one more ends it.
         skipped_steps: those that were, before this start of the run.
     """
 
-    def __init__(self, device: torch.device, *, max_nonfinite_steps: int = 3, skipped_steps: int = 0) -> None:
-        self._device = device
+    def __init__(self, *, max_nonfinite_steps: int = 3, skipped_steps: int = 0) -> None:
         self._max_nonfinite_steps = max_nonfinite_steps
         self.skipped_steps = skipped_steps
         self._losses: list[Tensor] = []
@@ -63,25 +42,19 @@ class StepGuard:
         """Take a micro-step's loss, ``float32[]``; it stays on the device, so that nothing waits for it."""
         self._losses.append(loss.detach())
 
-    def reduce(self, grad_norm: Tensor, *, is_asked_to_stop: bool) -> StepOutcome:
-        """Sum loss and requests to stop over all ranks, in one collective."""
-        loss = torch.zeros((), device=self._device)
-        for each in self._losses:
-            loss += each
-        loss_and_stop = torch.stack([loss, torch.tensor(float(is_asked_to_stop), device=self._device)])
-        dist.all_reduce(loss_and_stop)
-        loss_sum, num_asked = loss_and_stop.tolist()
-        norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-        return StepOutcome(loss=loss_sum, grad_norm=norm.item(), must_stop=num_asked > 0)
+    def loss_sum(self) -> Tensor:
+        """Sum this rank's losses of the step, ``float32[]``."""
+        return torch.stack(self._losses).sum()
 
-    def skip(self, outcome: StepOutcome, plan: EpochPlan, epoch_step: int, sources: NDArray[np.int16]) -> str:
+    def skip(self, loss: float, grad_norm: float, plan: EpochPlan, epoch_step: int, places: Places) -> str:
         """Count a step that is not applied. Collective: every rank skips the same steps.
 
         Args:
-            outcome: of the step.
+            loss: of the whole step.
+            grad_norm: of all gradients, before clipping.
             plan: of the epoch.
             epoch_step: the step within it.
-            sources: ``int16[num_samples]``, which data set each sample comes from.
+            places: gives the rows that samples come from.
 
         Returns:
             A line that says why.
@@ -93,7 +66,7 @@ class StepGuard:
         self.skipped_steps += 1
         if self.skipped_steps <= self._max_nonfinite_steps:
             return (
-                f"loss {outcome.loss}, gradient norm {outcome.grad_norm}; it is number {self.skipped_steps} of "
+                f"loss {loss}, gradient norm {grad_norm}; it is number {self.skipped_steps} of "
                 f"max_nonfinite_steps={self._max_nonfinite_steps}"
             )
         indices = plan.indices_for_rank(dist.get_rank(), first_step=epoch_step, last_step=epoch_step + 1)
@@ -106,20 +79,17 @@ class StepGuard:
         raise NonFiniteError(
             f"loss or gradient norm was not finite in {self.skipped_steps} steps of the run, max_nonfinite_steps="
             f"{self._max_nonfinite_steps} may be skipped. In the last one, the samples of {what} are "
-            f"{_describe_samples(sample_ids, sources)}. Look at these rows, lower the learning rate or clip_grad_norm, or "
+            f"{_describe_samples(sample_ids, places)}. Look at these rows, lower the learning rate or clip_grad_norm, or "
             f"raise max_nonfinite_steps; progress of before is kept"
         )
 
 
-def _describe_samples(sample_ids: NDArray[np.int32], sources: NDArray[np.int16]) -> str:
-    """Name samples by id, data set and row; sample ids run through the data sets one after the other."""
-    named = []
-    for sample_id in sample_ids[:_NAMED_SAMPLES].tolist():
-        source = int(sources[sample_id])
-        row = sample_id - int(np.searchsorted(sources, source))
-        named.append(f"{sample_id} (data set {source}, row {row})")
-    more = len(sample_ids) - len(named)
-    return ", ".join(named) + (f" and {more} more" if more else "")
+def _describe_samples(sample_ids: NDArray[np.int32], places: Places) -> str:
+    """Name samples by id and place."""
+    named = np.unique(sample_ids)[:_NAMED_SAMPLES]
+    more = len(np.unique(sample_ids)) - len(named)
+    listed = ", ".join(f"{sample_id} ({place})" for sample_id, place in zip(named.tolist(), places(named), strict=True))
+    return listed + (f" and {more} more" if more else "")
 
 
 @contextlib.contextmanager
