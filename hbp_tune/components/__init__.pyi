@@ -8,17 +8,11 @@ from hbp_tune.components.config.stock import setting as setting
 from hbp_tune.components.data.batch import PackBatch as PackBatch
 from hbp_tune.components.data.dataset import HierarchicalPackedDataset as HierarchicalPackedDataset
 from hbp_tune.components.data.dataset import pack_loader as pack_loader
-from hbp_tune.components.data.estimate import CharacterEstimate as CharacterEstimate
-from hbp_tune.components.data.estimate import SampleCounts as SampleCounts
-from hbp_tune.components.data.estimate import estimate_lengths as estimate_lengths
 from hbp_tune.components.data.lengths import LENGTH_SUFFIXES as LENGTH_SUFFIXES
 from hbp_tune.components.data.lengths import read_lengths as read_lengths
-from hbp_tune.components.data.loading import load_data as load_data
+from hbp_tune.components.data.loading import estimate_data as estimate_data
 from hbp_tune.components.data.loading import open_data as open_data
-from hbp_tune.components.data.sources import DataSource as DataSource
-from hbp_tune.components.data.sources import bad_rows_of as bad_rows_of
-from hbp_tune.components.data.sources import describe_sources as describe_sources
-from hbp_tune.components.data.sources import places_of_samples as places_of_samples
+from hbp_tune.components.data.sources import LoadedData as LoadedData
 from hbp_tune.components.data.store import Builder as Builder
 from hbp_tune.components.data.store import TokenStore as TokenStore
 from hbp_tune.components.data.store import default_store_directory as default_store_directory
@@ -45,6 +39,7 @@ from hbp_tune.components.parallel.context_parallel import select_context_paralle
 from hbp_tune.components.parallel.loss_head import ForwardGradientHead as ForwardGradientHead
 from hbp_tune.components.parallel.loss_head import LigerHead as LigerHead
 from hbp_tune.components.parallel.loss_head import RecomputedHead as RecomputedHead
+from hbp_tune.components.parallel.loss_head import TokenLossHead as TokenLossHead
 from hbp_tune.components.parallel.mesh import build_cp_meshes as build_cp_meshes
 from hbp_tune.components.parallel.mesh import build_fsdp_mesh as build_fsdp_mesh
 from hbp_tune.components.parallel.parallelize import GroupSwitch as GroupSwitch
@@ -122,3 +117,6 @@ from hbp_tune.components.training.progress_folder import set_aside as set_aside
 from hbp_tune.components.training.signals import StopSignals as StopSignals
 from hbp_tune.components.training.telemetry import StepTelemetry as StepTelemetry
 from hbp_tune.components.training.telemetry import progress_line as progress_line
+from hbp_tune.components.training.validation import Validator as Validator
+from hbp_tune.components.training.validation import describe_validation as describe_validation
+from hbp_tune.components.training.validation import plan_validation as plan_validation

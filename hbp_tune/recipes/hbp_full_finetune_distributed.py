@@ -33,12 +33,12 @@ from hbp_tune.components import (
     Builder,
     ConfigError,
     CostModel,
-    DataSource,
     EpochPlan,
     ForwardGradientHead,
     GroupSwitch,
     HFConfig,
     HierarchicalPackedDataset,
+    LoadedData,
     PackBatch,
     Position,
     ProgressSaver,
@@ -48,9 +48,9 @@ from hbp_tune.components import (
     StepTelemetry,
     StopSignals,
     TokenStore,
+    Validator,
     adapt_decoder,
     apply_fsdp,
-    bad_rows_of,
     build,
     build_cp_meshes,
     build_fsdp_mesh,
@@ -67,7 +67,7 @@ from hbp_tune.components import (
     data_settings,
     default_store_directory,
     describe_layouts,
-    describe_sources,
+    describe_validation,
     explain_out_of_memory,
     export_weights,
     from_rank_zero,
@@ -79,8 +79,8 @@ from hbp_tune.components import (
     open_data,
     pack_loader,
     peak_flops_per_s,
-    places_of_samples,
     plan_comparison,
+    plan_validation,
     print_plan,
     progress_line,
     read_plan,
@@ -107,10 +107,10 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     Args:
         cfg: keys as in torchtune's ``full_finetune_distributed``, and ``groups``, ``planner``, ``curriculum``, ``loss_head``,
-            ``context_parallel``, ``attention``, ``compute_dtype``, ``max_steps``, ``save_every_n_steps``,
-            ``keep_last_n_checkpoints``, ``async_save``, ``max_nonfinite_steps``, ``num_workers``, ``token_store_dir``,
-            ``token_store_timeout_s``, ``bad_rows``,
-            ``plan_file``, ``process_group_timeout_s``, ``fsdp_sharded_accumulation``.
+            ``context_parallel``, ``attention``, ``compute_dtype``, ``max_steps``, ``dataset_val``, ``run_val_every_n_steps``,
+            ``save_every_n_steps``, ``keep_last_n_checkpoints``, ``async_save``, ``max_nonfinite_steps``, ``num_workers``,
+            ``token_store_dir``, ``token_store_timeout_s``, ``bad_rows``, ``plan_file``, ``process_group_timeout_s``,
+            ``fsdp_sharded_accumulation``.
 
     Raises:
         ConfigError: settings that cannot work, alone or together.
@@ -118,7 +118,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     def __init__(self, cfg: DictConfig) -> None:
         check_config(cfg)
-        self._data = data_settings(cfg)
+        self._data_settings = {key: data_settings(cfg, key) for key in ("dataset", "dataset_val") if cfg.get(key)}
         self._bad_rows = cfg.get("bad_rows") or "error"
         self._device = utils.get_device(device=cfg.device)
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)
@@ -145,6 +145,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self._log_every_n_steps = cfg.get("log_every_n_steps") or 1
         self._log_peak_memory_stats = cfg.get("log_peak_memory_stats", False) and self._device.type == "cuda"
         self._clip_grad_norm = float(cfg.get("clip_grad_norm") or "inf")
+        self._run_val_every_n_steps = cfg.get("run_val_every_n_steps")
         self._save_every_n_steps = cfg.get("save_every_n_steps")
         self._plan_file = Path(cfg.plan_file) if cfg.get("plan_file") else None
         self._resume_mode = cfg.get("resume_from_checkpoint") or False
@@ -175,7 +176,10 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         if not self._resume_mode and (older := from_rank_zero(partial(set_aside, progress))):
             utils.log_rank_zero(log, f"An older run's progress is now in {older}; to go on from it, name it {progress} again")
         self._checkpointer = self._setup_checkpointer(cfg.checkpointer)
-        self._store = self._setup_store(cfg)
+        self._num_workers = cfg.get("num_workers") or 0
+        self._data, self._store = self._setup_data(cfg, "dataset")
+        self._num_targets = self._store.num_targets_within(self._groups[-1].pack_len)
+        self._validator = self._setup_validation(cfg) if cfg.get("dataset_val") else None
         self._progress = ProgressSaver(
             progress,
             RunIdentity(world_size=self.world_size, groups=self._groups, store_fingerprint=self._store.fingerprint),
@@ -195,7 +199,6 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             max_nonfinite_steps=3 if limit is None else limit,
             skipped_steps=position.skipped_steps if position else 0,
         )
-        self._num_workers = cfg.get("num_workers") or 0
 
         self._load_weights()
         self._optimizer = build("optimizer", cfg.optimizer, self._model.parameters())
@@ -218,17 +221,17 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         )
 
         self._profiler = self._setup_profiler(cfg)
-        if self._is_rank_zero:
-            metric_logger = setting(cfg, "metric_logger")
-            self._metric_logger = build("metric_logger", metric_logger) if metric_logger else None
-            if self._metric_logger:
-                self._metric_logger.log_config(cfg)
+        metric_logger = setting(cfg, "metric_logger") if self._is_rank_zero else None
+        self._metric_logger = build("metric_logger", metric_logger) if metric_logger else None
+        if self._metric_logger:
+            self._metric_logger.log_config(cfg)
 
     def _setup_decoder(self, cfg: DictConfig) -> nn.Module:
         """Build the decoder without weights, make it parallel, and check that the groups suit it."""
         with training.set_default_dtype(self._dtype), torch.device("meta"):
             model: nn.Module = build("model", cfg.model)
         self._decoder = adapt_decoder(model, loss_head=self._loss_head)
+        self._layout = partial(self._context_parallel.layout, self._decoder.heads)
         self._cost = CostModel(model_shape(model))
         for line in (self._why_attention, *describe_layouts(self._context_parallel, self._decoder.heads, self._groups)):
             utils.log_rank_zero(log, line)
@@ -256,25 +259,33 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
                 utils.log_rank_zero(log, line, logging.WARNING)
         return checkpointer
 
-    def _setup_store(self, cfg: DictConfig) -> TokenStore:
-        """Load and tokenise the data sets with all ranks, or open what an earlier run with the same ones left on disk."""
+    def _setup_data(self, cfg: DictConfig, key: str) -> tuple[LoadedData, TokenStore]:
+        """Load and tokenise data sets with all ranks, or open what an earlier run with the same ones left on disk."""
         directory = Path(cfg.get("token_store_dir") or default_store_directory())
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
-        def work(watch: Callable[[int], None]) -> tuple[tuple[DataSource, ...], TokenStore]:
+        def work(watch: Callable[[int], None]) -> tuple[LoadedData, TokenStore]:
             builder = Builder.of_rank(self.rank, self.world_size, local_world_size, watch)
-            sources, store = open_data(self._data, self._tokenizer, directory, builder)
-            if self._is_rank_zero and (line := report_bad_rows(bad_rows_of(sources, store), self._output_dir, self._bad_rows)):
+            data, store = open_data(self._data_settings[key], self._tokenizer, directory, builder)
+            path = self._output_dir / ("bad_rows.csv" if key == "dataset" else f"bad_rows_{key}.csv")
+            if self._is_rank_zero and (line := report_bad_rows(data.bad_rows(), path, self._bad_rows)):
                 log.warning(line)
-            return sources, store
+            return data, store
 
         timeout_s = cfg.get("token_store_timeout_s") or 1800
-        self._sources, store = together(work, name="token store", timeout_s=timeout_s, timeout_key="token_store_timeout_s")
-        self._num_targets = store.num_targets_within(self._groups[-1].pack_len)
-        self._places = partial(places_of_samples, self._sources, store)
-        for line in describe_sources(self._sources, store, self._num_targets):
+        data, store = together(work, name=f"token store of {key}", timeout_s=timeout_s, timeout_key="token_store_timeout_s")
+        for line in data.describe():
             utils.log_rank_zero(log, line)
-        return store
+        return data, store
+
+    def _setup_validation(self, cfg: DictConfig) -> Validator:
+        """Tokenise and plan the held-out data."""
+        data, store = self._setup_data(cfg, "dataset_val")
+        plan = from_rank_zero(
+            partial(plan_validation, self._planner, store, self._groups, world_size=self.world_size, cost=self._cost)
+        )
+        check_positions(plan, self._decoder.max_seq_len)
+        return Validator(store, plan, data.labels, rank=self.rank, layout=self._layout, num_workers=self._num_workers)
 
     def _setup_plan(self, epochs: int, max_steps: int | None) -> list[int]:
         """Count the optimizer steps of each epoch, up to ``max_steps``, and show the plan of the first."""
@@ -336,7 +347,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         lengths = self._store.lengths
         compared = plan_comparison(plan, self._planner, seed=self.seed, cost=self._cost)
         print_plan(plan, lengths, compared=compared, cost=self._cost)
-        if line := report_overlong(plan, lengths, self._output_dir, self._places):
+        if line := report_overlong(plan, lengths, self._output_dir, self._data.places):
             log.warning(line)
 
     def _load_weights(self) -> None:
@@ -379,8 +390,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         """Load this rank's packs of an epoch, from the first step that is not done."""
         plan = self._plan = self._plan_epoch(epoch, first_step=sum(self._steps_per_epoch[:epoch]))
         weights = self._loss.document_weights(plan, self._num_targets)
-        layout = partial(self._context_parallel.layout, self._decoder.heads)
-        dataset = HierarchicalPackedDataset(self._store, plan, weights, self.rank, layout)
+        dataset = HierarchicalPackedDataset(self._store, plan, weights, self.rank, self._layout)
         indices = plan.indices_for_rank(self.rank, first_step=self.epoch_step, last_step=self._steps_per_epoch[epoch])
         for batch in pack_loader(dataset, indices, self._num_workers):
             yield batch.to(self._device)
@@ -413,7 +423,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
                 if math.isfinite(record.loss) and math.isfinite(grad_norm):
                     self._optimizer.step()
                 else:
-                    line = self._guard.skip(record.loss, grad_norm, self._plan, self.epoch_step, self._places)
+                    line = self._guard.skip(record.loss, grad_norm, self._plan, self.epoch_step, self._data.places)
                     utils.log_rank_zero(log, f"Step {self.global_step + 1} of the run is skipped: {line}", logging.WARNING)
                 self._guard.start_step()
                 self._optimizer.zero_grad(set_to_none=True)
@@ -426,6 +436,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
                 metrics["skipped_steps"] = self._guard.skipped_steps
                 self._log(metrics, batch.group.name, pbar)
                 self._profiler.step()
+                self._validate_when_due()
                 is_due = self._save_every_n_steps and self.global_step % self._save_every_n_steps == 0
                 if is_due or record.stop:
                     self.save_progress()
@@ -444,11 +455,22 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
     def _log(self, metrics: dict[str, Any], group: str, pbar: tqdm) -> None:
         pbar.update(1)
         pbar.set_description(f"{self.epoch + 1}|{self.global_step}|{progress_line(metrics, group)}")
-        if not self._is_rank_zero or self._metric_logger is None or self.global_step % self._log_every_n_steps:
+        if self._metric_logger is None or self.global_step % self._log_every_n_steps:
             return
         if self._log_peak_memory_stats:
             metrics |= training.get_memory_stats(device=self._device)
         self._metric_logger.log_dict(metrics, step=self.global_step)
+
+    def _validate_when_due(self) -> None:
+        """Log the losses on held-out data every ``run_val_every_n_steps``, and at the end of the run."""
+        every = self._run_val_every_n_steps or sum(self._steps_per_epoch)
+        is_due = self.global_step % every == 0 or self.global_step == sum(self._steps_per_epoch)
+        if self._validator is None or not is_due:
+            return
+        metrics = self._validator.run(self._model, self._switch, self._device)
+        utils.log_rank_zero(log, describe_validation(metrics))
+        if self._metric_logger:
+            self._metric_logger.log_dict(metrics, step=self.global_step)
 
     def _end_early(self, total_steps: int, pbar: tqdm) -> None:
         """End a run that was asked to stop; its progress is saved."""
@@ -489,7 +511,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
     def cleanup(self) -> None:
         """Close the logger, leave the process group, and put signal handlers back."""
         self._stop.restore()
-        if self._is_rank_zero and self._metric_logger:
+        if self._metric_logger:
             self._metric_logger.close()
         dist.destroy_process_group()
 

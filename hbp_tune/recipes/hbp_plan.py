@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +31,13 @@ from hbp_tune.components import (
     LENGTH_SUFFIXES,
     BalancePlanner,
     Builder,
-    CharacterEstimate,
     ConfigError,
     CostModel,
     EpochPlan,
     PlanMetrics,
     PlanReport,
     RowPlace,
-    SampleCounts,
-    TokenStore,
     adapt_decoder,
-    bad_rows_of,
     build,
     check_ac_layers,
     check_config,
@@ -51,17 +46,14 @@ from hbp_tune.components import (
     data_settings,
     default_store_directory,
     describe_layouts,
-    describe_sources,
-    estimate_lengths,
+    estimate_data,
     expected_time,
     headline,
-    load_data,
     measure,
     missing_tokenizer_files,
     model_shape,
     one_length_group,
     open_data,
-    places_of_samples,
     plan_baseline,
     plan_warnings,
     print_groups,
@@ -179,23 +171,20 @@ class HBPPlanRecipe:
         data = data_settings(cfg)
         directory = Path(cfg.get("token_store_dir") or default_store_directory())
         missing = missing_tokenizer_files(cfg)
-        counts: SampleCounts | TokenStore
         if missing:
-            sources = load_data(data, CharacterEstimate(cfg.tokenizer.get("max_seq_len")), directory)
-            counts = estimated = estimate_lengths([source.samples for source in sources])
+            loaded, estimated = estimate_data(data, directory)
             self._num_targets = estimated.num_targets
             self._lengths_from = f"estimated from the text's bytes, as the tokenizer's {missing[0]} does not exist"
         else:
-            sources, counts = open_data(data, build("tokenizer", cfg.tokenizer), directory, Builder.alone())
-            self._num_targets = counts.num_targets_within(self._groups[-1].pack_len)
+            loaded, store = open_data(data, build("tokenizer", cfg.tokenizer), directory, Builder.alone())
+            self._num_targets = store.num_targets_within(self._groups[-1].pack_len)
             self._lengths_from = "the data set's tokens"
-        self._lengths = counts.lengths
-        self._places = partial(places_of_samples, sources, counts)
-        self._classes = counts.sources if len(sources) > 1 else None
+        self._lengths, self._places = loaded.counts.lengths, loaded.places
+        self._classes = loaded.counts.sources if len(loaded.sources) > 1 else None
         with self._writing():
-            bad_rows = report_bad_rows(bad_rows_of(sources, counts), self._output_dir, cfg.get("bad_rows") or "error")
+            bad_rows = report_bad_rows(loaded.bad_rows(), self._output_dir / "bad_rows.csv", cfg.get("bad_rows") or "error")
         self._warnings = [bad_rows] if bad_rows else []
-        self._notes += describe_sources(sources, counts, self._num_targets)
+        self._notes += loaded.describe()
 
     def plan(self) -> PlanReport:
         """Plan every epoch up to the last step, and compare the first with other ways to pack it."""

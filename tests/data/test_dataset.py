@@ -125,3 +125,28 @@ def test_loader_gives_the_planned_packs_in_order(everything: Everything, num_wor
         (p.step, p.is_last_micro_step, p.group) for p in planned
     ]
     assert [b.num_tokens for b in batches] == [int(p.lengths.sum()) for p in planned]
+
+
+@pytest.mark.parametrize("layout", [by_heads, by_queries])
+def test_every_row_of_a_document_has_its_class(everything: Everything, layout: Layout) -> None:
+    _, store, plan, weights = everything
+    classes = np.arange(7, 7 + len(plan.sample_ids))
+    for index in np.flatnonzero(plan.sum_per_pack(plan.lengths) > 0)[::5]:
+        pack = plan.pack(int(index), int(plan.pack_first_rank[index]))
+        ranks = range(plan.pack_first_rank[index], plan.pack_first_rank[index] + plan.cp_degrees[index])
+        datasets = [HierarchicalPackedDataset(store, plan, weights, rank, layout, classes) for rank in ranks]
+        batches = [dataset[int(index)] for dataset in datasets]
+        got = torch.cat([batch.classes[0] for batch in batches])
+        first = int(plan.pack_offsets[index]) + 7
+        counts = {first + doc: int(length) for doc, length in enumerate(pack.lengths)}
+        counts[0] = len(got) - sum(counts.values())  # padding
+        assert {int(name): int(count) for name, count in zip(*got.unique(return_counts=True), strict=True)} == {
+            name: count for name, count in counts.items() if count
+        }
+        starts = torch.cat([(batch.classes * (batch.input_pos == 0) * (batch.classes > 0))[0] for batch in batches])
+        assert sorted(starts[starts > 0].tolist()) == list(range(first, first + len(pack.lengths)))
+
+
+def test_training_batches_have_no_classes(everything: Everything) -> None:
+    _, store, plan, weights = everything
+    assert HierarchicalPackedDataset(store, plan, weights, 0)[int(plan.indices_for_rank(0)[0])].classes is None

@@ -21,6 +21,7 @@ from hbp_tune.components import (
     ForwardGradientHead,
     LigerHead,
     RecomputedHead,
+    TokenLossHead,
     adapt_decoder,
     apply_fsdp,
     build_fsdp_mesh,
@@ -328,6 +329,17 @@ def test_liger_head_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     with pytest.raises(ConfigError, match=r"LigerHead needs liger-kernel \(.*\); pip install 'hbp-tune\[liger\]', or leave"):
         LigerHead()
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 3, 100])
+def test_token_losses_are_the_terms_of_the_sum(chunk_tokens: int | None) -> None:
+    inputs = make(10)
+    losses = TokenLossHead(chunk_tokens)(*inputs)
+    logits = inputs[0][0] @ inputs[1].T
+    want = F.cross_entropy(logits, inputs[2][0], reduction="none") * inputs[3][0]
+    torch.testing.assert_close(losses, want[None].detach())
+    assert not losses.requires_grad
+    assert (losses[inputs[2] == -100] == 0).all()
 
 
 GROUPS = [{"name": "short", "pack_len": 128}, {"name": "long", "pack_len": 512, "cp_degree": 2}]

@@ -67,12 +67,10 @@ def test_samples_are_named_by_id_and_place_on_all_ranks(ranks: Callable[[int], R
     plan = plan_two_ranks()
     mine = plan.indices_for_rank(1, first_step=1, last_step=2)
     sample = int(plan.pack(int(mine[1]), 1).sample_ids[0])
+    named = f"{sample} (row {sample % 10} of set {sample // 10})"
     messages = ranks(2).run(skip_job, [[], [1]])
     assert messages[0] == messages[1]
-    assert (
-        f"the samples of 1 packs with a loss that is not finite are {named}. Look at these rows"
-        in messages[0]
-    )
+    assert f"the samples of 1 packs with a loss that is not finite are {named}. Look at these rows" in messages[0]
 
 
 def test_without_a_bad_pack_all_samples_of_the_step_are_named(ranks: Callable[[int], RankPool]) -> None:

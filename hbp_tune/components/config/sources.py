@@ -61,36 +61,40 @@ class DataSettings:
         return tuple(dataset.label for dataset in self.datasets)
 
 
-def data_settings(cfg: Mapping[str, Any]) -> DataSettings:
-    """Read the keys ``dataset`` and ``tokenizer``, and find their local files."""
+def data_settings(cfg: Mapping[str, Any], key: str = "dataset") -> DataSettings:
+    """Read the keys ``dataset`` (or ``dataset_val``) and ``tokenizer``, and find their local files."""
     return DataSettings(
-        datasets=dataset_settings(cfg["dataset"]),
+        datasets=dataset_settings(cfg[key], key),
         tokenizer=_plain(cfg["tokenizer"]),
         # A tokenizer's arguments may hold whole prompts; Path.is_file fails on strings too long for a name.
         tokenizer_files=tuple(Path(name) for name in strings(cfg["tokenizer"]) if os.path.isfile(name)),
     )
 
 
-def dataset_settings(dataset: Any) -> tuple[DatasetSettings, ...]:
-    """Read the key ``dataset``: one data set, or a list of them.
+def dataset_settings(dataset: Any, key: str = "dataset") -> tuple[DatasetSettings, ...]:
+    """Read one data set, or a list of them.
+
+    Args:
+        dataset: the configuration's value.
+        key: that it stands under, for errors.
 
     Raises:
         ConfigError: a weight is no number above 0, two labels are the same, or a data file is missing or empty.
     """
     nodes = [_plain(node) for node in dataset_nodes(dataset)]
-    labels = _labels(nodes)
+    labels = _labels(nodes, key)
     settings = []
     for index, (node, label) in enumerate(zip(nodes, labels, strict=True)):
         weight = node.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise ConfigError(f"dataset {index}: weight={weight} must be a number above 0; remove the data set to leave it out")
+            raise ConfigError(f"{key} {index}: weight={weight} must be a number above 0; remove the data set to leave it out")
         settings.append(
             DatasetSettings(
-                key=f"dataset[{index}]",
+                key=f"{key}[{index}]",
                 node={key: value for key, value in node.items() if key not in _OURS},
                 label=label,
                 weight=float(weight),
-                files=tuple(_data_files(index, node)),
+                files=tuple(_data_files(f"{key} {index}", node)),
             )
         )
     return tuple(settings)
@@ -123,7 +127,7 @@ def _plain(node: Any) -> dict[str, Any]:
     return dict(plain)
 
 
-def _labels(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+def _labels(nodes: Sequence[Mapping[str, Any]], key: str) -> list[str]:
     """Give each data set a label: its own, or its file's or hub repository's name with a number where another has that too.
 
     Raises:
@@ -132,7 +136,7 @@ def _labels(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
     given = [node["label"] for node in nodes if node.get("label") is not None]
     for label in given:
         if not isinstance(label, str) or not label or given.count(label) > 1:
-            raise ConfigError(f"dataset: label={label!r} must be a text that no other data set has")
+            raise ConfigError(f"{key}: label={label!r} must be a text that no other data set has")
     labels: list[str] = []
     for node in nodes:
         name = label = node.get("label") or _default_label(node)
@@ -150,7 +154,7 @@ def _default_label(node: Mapping[str, Any]) -> str:
     return str(node.get("source") or str(node.get("_component_")).rpartition(".")[2])
 
 
-def _data_files(index: int, node: Mapping[str, Any]) -> list[Path]:
+def _data_files(name_of_set: str, node: Mapping[str, Any]) -> list[Path]:
     """Find a data set's local files.
 
     Raises:
@@ -163,8 +167,8 @@ def _data_files(index: int, node: Mapping[str, Any]) -> list[Path]:
         found = matching_files(name)
         if not found and node.get("source") in _LOCAL_FORMATS:
             hint = "; `python -m hbp_tune.demo` makes the demo's data" if "hbp_demo" in name else ""
-            raise ConfigError(f"dataset {index}: data file {name} does not exist (looked from {Path.cwd()}){hint}")
+            raise ConfigError(f"{name_of_set}: data file {name} does not exist (looked from {Path.cwd()}){hint}")
         if found and not any(path.stat().st_size for path in found):
-            raise ConfigError(f"dataset {index}: the data set is empty: data file {name} holds no row")
+            raise ConfigError(f"{name_of_set}: the data set is empty: data file {name} holds no row")
         files += found
     return files

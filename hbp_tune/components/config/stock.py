@@ -49,6 +49,8 @@ _OURS = frozenset(
         "loss_head",
         "compute_dtype",
         "max_steps",
+        "dataset_val",
+        "run_val_every_n_steps",
         "save_every_n_steps",
         "keep_last_n_checkpoints",
         "async_save",
@@ -68,6 +70,7 @@ REQUIRED = ("output_dir", "tokenizer", "dataset", "model", "checkpointer", "opti
 _COUNTS = {
     "epochs": 1,
     "max_steps": 1,
+    "run_val_every_n_steps": 1,
     "save_every_n_steps": 1,
     "keep_last_n_checkpoints": 1,
     "max_nonfinite_steps": 0,
@@ -138,9 +141,17 @@ def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> 
             "optimizer.bf16_stochastic_round=True does not work on sharded weights in torchao before 0.16; remove it, and set "
             "dtype: fp32 with compute_dtype: bf16 so that no small update is lost"
         )
-    for index, dataset in enumerate(dataset_nodes(cfg["dataset"]) if "dataset" in required else ()):
-        if dataset.get("packed"):
-            raise ConfigError(f"dataset {index}: packed=True has no place here, remove it: groups decide how samples are packed")
+    if cfg.get("run_val_every_n_steps") and not cfg.get("dataset_val"):
+        raise ConfigError(
+            f"run_val_every_n_steps={cfg['run_val_every_n_steps']} needs held-out data: set dataset_val, or "
+            f"run_val_every_n_steps=null"
+        )
+    for key in ("dataset", "dataset_val") if "dataset" in required else ():
+        for index, dataset in enumerate(dataset_nodes(cfg.get(key) or [])):
+            if dataset.get("packed"):
+                raise ConfigError(
+                    f"{key} {index}: packed=True has no place here, remove it: groups decide how samples are packed"
+                )
 
 
 def setting(cfg: Mapping[str, Any], key: str) -> Any:

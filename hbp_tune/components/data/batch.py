@@ -77,6 +77,7 @@ class PackBatch:
         num_tokens: real tokens of the whole pack.
         step: optimizer step within the epoch.
         is_last_micro_step: the optimizer steps after this batch.
+        classes: ``int64[1, local_len]``, what validation tells rows apart by; None in training.
     """
 
     tokens: Tensor
@@ -89,6 +90,7 @@ class PackBatch:
     num_tokens: int
     step: int
     is_last_micro_step: bool
+    classes: Tensor | None = None
 
     def to(self, device: torch.device) -> "PackBatch":
         """Copy the tensors to a device, without waiting for it."""
@@ -106,4 +108,5 @@ class PackBatch:
             input_pos=change(self.input_pos),
             loss_weights=change(self.loss_weights),
             spans=self.spans.map(change),
+            classes=None if self.classes is None else change(self.classes),
         )

@@ -32,6 +32,7 @@ class HierarchicalPackedDataset(Dataset[PackBatch]):
             ``plan.sample_ids``.
         rank: whose rows to build.
         layout: how the ranks of a pack divide attention, which decides the rows that each holds.
+        document_classes: ``int64[placed]``, what to tell the rows of placed samples apart by; None where nobody asks.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class HierarchicalPackedDataset(Dataset[PackBatch]):
         document_weights: NDArray[np.float64],
         rank: int,
         layout: Layout = by_heads,
+        document_classes: NDArray[np.int64] | None = None,
     ) -> None:
         self._store = store
         self._plan = plan
         self._document_weights = document_weights
         self._rank = rank
         self._layout = layout
+        self._document_classes = document_classes
 
     def __len__(self) -> int:
         return self._plan.num_packs
@@ -72,6 +75,9 @@ class HierarchicalPackedDataset(Dataset[PackBatch]):
         positions = np.zeros(slots, dtype=np.int64)
         positions[:num_tokens] = np.arange(num_tokens) - np.repeat(ends - doc_lens, doc_lens)
 
+        classes = np.zeros(slots, dtype=np.int64)
+        if self._document_classes is not None:
+            classes[:num_tokens] = np.repeat(self._document_classes[span], pack.lengths)
         degrees = self._layout(pack.group.cp_degree, doc_lens, slots)
         part, rows = share_of_rank(doc_lens, slots, degrees, pack.cp_rank)
         return PackBatch(
@@ -85,6 +91,7 @@ class HierarchicalPackedDataset(Dataset[PackBatch]):
             num_tokens=num_tokens,
             step=pack.step,
             is_last_micro_step=pack.is_last_micro_step,
+            classes=None if self._document_classes is None else torch.from_numpy(classes[rows])[None],
         )
 
 

@@ -10,15 +10,14 @@ from omegaconf import OmegaConf
 
 from hbp_tune.components.config.build import build
 from hbp_tune.components.config.sources import DatasetSettings, DataSettings, matching_files
+from hbp_tune.components.data.estimate import CharacterEstimate, SampleCounts, estimate_lengths
 from hbp_tune.components.data.json_lines import CleanFile, clean, clean_folder, is_json_lines
-from hbp_tune.components.data.sources import DataSource
+from hbp_tune.components.data.sources import DataSource, LoadedData
 from hbp_tune.components.data.store import Builder, TokenStore, digest_files, no_watch, open_token_store, store_key
 from hbp_tune.components.planning.errors import ConfigError
 
 
-def open_data(
-    settings: DataSettings, tokenizer: Any, directory: Path, builder: Builder
-) -> tuple[tuple[DataSource, ...], TokenStore]:
+def open_data(settings: DataSettings, tokenizer: Any, directory: Path, builder: Builder) -> tuple[LoadedData, TokenStore]:
     """Load a run's data sets and open their token store, made first where it is not there.
 
     Args:
@@ -32,13 +31,17 @@ def open_data(
     samples = [source.samples for source in sources]
     # Weights and labels are not among them: they decide no token.
     parts = [*(one.node for one in settings.datasets), settings.tokenizer, [len(rows) for rows in samples]]
-    return sources, open_token_store(samples, directory / store_key(parts, digests), builder)
+    store = open_token_store(samples, directory / store_key(parts, digests), builder)
+    return LoadedData(sources=sources, counts=store), store
 
 
-def load_data(settings: DataSettings, tokenizer: Any, directory: Path) -> tuple[DataSource, ...]:
-    """Load a run's data sets alone, for what keeps no token."""
+def estimate_data(settings: DataSettings, directory: Path) -> tuple[LoadedData, SampleCounts]:
+    """Load a run's data sets, and estimate the lengths of their samples without the tokenizer; see `estimate_lengths`."""
     digests = digest_files([file for one in settings.datasets for file in one.files])
-    return tuple(load_source(one, tokenizer, directory, digests, no_watch) for one in settings.datasets)
+    tokenizer = CharacterEstimate((settings.tokenizer or {}).get("max_seq_len"))
+    sources = tuple(load_source(one, tokenizer, directory, digests, no_watch) for one in settings.datasets)
+    counts = estimate_lengths([source.samples for source in sources])
+    return LoadedData(sources=sources, counts=counts), counts
 
 
 def load_source(

@@ -12,6 +12,7 @@ from pyarrow.parquet import ParquetFile
 from hbp_tune.components.config.sources import DatasetSettings
 from hbp_tune.components.data.json_lines import is_json_lines, numbered_lines
 from hbp_tune.components.data.rows import BadRow, SampleSource
+from hbp_tune.components.planning.draw import draw_samples
 from hbp_tune.components.reporting.bad_rows import BadRowList
 from hbp_tune.components.reporting.places import RowPlace
 
@@ -30,6 +31,10 @@ class Counts(Protocol):
     @property
     def rows(self) -> NDArray[np.int32]:
         """``int32[num_samples]``, its row there."""
+
+    @property
+    def num_targets(self) -> NDArray[np.int32]:
+        """``int32[num_samples]``, labels of each that count toward the loss."""
 
     @property
     def bad_rows(self) -> tuple[BadRow, ...]:
@@ -93,44 +98,59 @@ def _find_rows(label: str, files: Sequence[Path], num_rows: int, rows: Iterable[
     return found if start == num_rows else {}
 
 
-def places_of_samples(sources: Sequence[DataSource], counts: Counts, sample_ids: Iterable[int]) -> list[RowPlace]:
-    """Say where samples come from, in the order in which they are asked for."""
-    return _places_in_order(sources, [(int(counts.sources[i]), int(counts.rows[i])) for i in sample_ids])
-
-
-def _places_in_order(sources: Sequence[DataSource], rows: Sequence[tuple[int, int]]) -> list[RowPlace]:
-    places: dict[tuple[int, int], RowPlace] = {}
-    for index, source in enumerate(sources):
-        own = [row for place, row in rows if place == index]
-        places |= {(index, row): place for row, place in zip(own, source.places(own), strict=True)}
-    return [places[row] for row in rows]
-
-
-def bad_rows_of(sources: Sequence[DataSource], counts: Counts) -> BadRowList:
-    """Give every bad row, with the reason: those that could not be loaded first."""
-    listed = [
-        (place, reason) for source in sources for place, reason in zip(source.bad_places(), source.bad_rows.values(), strict=True)
-    ]
-    places = _places_in_order(sources, [(row.source, row.row) for row in counts.bad_rows])
-    listed += [(place, row.reason) for place, row in zip(places, counts.bad_rows, strict=True)]
-    return BadRowList(num_rows=sum(source.num_rows for source in sources), listed=listed)
-
-
-def describe_sources(sources: Sequence[DataSource], counts: Counts, num_targets: NDArray[np.int32]) -> list[str]:
-    """Say what each data set holds, a line each.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LoadedData:
+    """Some data sets with the counts of their samples: sample ids run through all of them.
 
     Args:
-        sources: all of them.
-        counts: of their samples.
-        num_targets: ``int32[num_samples]``.
+        sources: in order.
+        counts: a token store, or an estimate.
     """
-    lines = []
-    for index, source in enumerate(sources):
-        of_source = counts.sources == index
-        num_bad = len(source.bad_rows) + sum(row.source == index for row in counts.bad_rows)
-        lines.append(
-            f"Data set {source.settings.label}: {source.num_rows:,} rows, {num_bad:,} of them bad, "
-            f"{int(counts.lengths[of_source].sum(dtype=np.int64)):,} tokens, "
-            f"{int(num_targets[of_source].sum(dtype=np.int64)):,} targets; weight {source.settings.weight:g}"
-        )
-    return lines
+
+    sources: tuple[DataSource, ...]
+    counts: Counts
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The data sets' labels."""
+        return tuple(source.settings.label for source in self.sources)
+
+    def draw(self, *, seed: int, epoch: int) -> NDArray[np.int32]:
+        """Draw an epoch's sample ids by the data sets' weights; see `draw_samples`."""
+        weights = [source.settings.weight for source in self.sources]
+        return draw_samples(self.counts.sources, weights, seed=seed, epoch=epoch)
+
+    def places(self, sample_ids: Iterable[int]) -> list[RowPlace]:
+        """Say where samples come from, in the order in which they are asked for."""
+        return self._places([(int(self.counts.sources[i]), int(self.counts.rows[i])) for i in sample_ids])
+
+    def bad_rows(self) -> BadRowList:
+        """Give every bad row, with the reason: those that could not be loaded first."""
+        listed = [
+            (place, reason)
+            for source in self.sources
+            for place, reason in zip(source.bad_places(), source.bad_rows.values(), strict=True)
+        ]
+        places = self._places([(row.source, row.row) for row in self.counts.bad_rows])
+        listed += [(place, row.reason) for place, row in zip(places, self.counts.bad_rows, strict=True)]
+        return BadRowList(num_rows=sum(source.num_rows for source in self.sources), listed=listed)
+
+    def describe(self) -> list[str]:
+        """Say what each data set holds, a line each."""
+        lines = []
+        for index, source in enumerate(self.sources):
+            of_source = self.counts.sources == index
+            num_bad = len(source.bad_rows) + sum(row.source == index for row in self.counts.bad_rows)
+            lines.append(
+                f"Data set {source.settings.label}: {source.num_rows:,} rows, {num_bad:,} of them bad, "
+                f"{int(self.counts.lengths[of_source].sum(dtype=np.int64)):,} tokens, "
+                f"{int(self.counts.num_targets[of_source].sum(dtype=np.int64)):,} targets; weight {source.settings.weight:g}"
+            )
+        return lines
+
+    def _places(self, rows: Sequence[tuple[int, int]]) -> list[RowPlace]:
+        places: dict[tuple[int, int], RowPlace] = {}
+        for index, source in enumerate(self.sources):
+            own = [row for place, row in rows if place == index]
+            places |= {(index, row): place for row, place in zip(own, source.places(own), strict=True)}
+        return [places[row] for row in rows]

@@ -32,6 +32,7 @@ class TokenStore:
     Attributes:
         lengths: ``int32[num_samples]``, tokens per sample.
         sources: ``int16[num_samples]``, which of the configured data sets a sample comes from.
+        num_targets: ``int32[num_samples]``, labels of each that count toward the loss.
         rows: ``int32[num_samples]``, its row there; bad rows leave gaps.
         bad_rows: the rows that are no samples, in order.
         fingerprint: of all tokens and targets, in order: what resuming compares.
@@ -56,7 +57,7 @@ class TokenStore:
         self.lengths: NDArray[np.int32] = _values(table, "num_tokens")
         self.sources: NDArray[np.int16] = _values(table, "source")
         self.rows: NDArray[np.int32] = _values(table, "row")
-        self._num_targets: NDArray[np.int32] = _values(table, "num_targets")
+        self.num_targets: NDArray[np.int32] = _values(table, "num_targets")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -88,7 +89,7 @@ class TokenStore:
 
         The first token is never a target: nothing comes before it.
         """
-        num_targets = self._num_targets.copy()
+        num_targets = self.num_targets.copy()
         for sample_id in np.flatnonzero(self.lengths > max_len):
             _, is_target = self.read(np.array([sample_id]), np.array([max_len]))
             num_targets[sample_id] = is_target[1:].sum()

@@ -97,6 +97,21 @@ class RecomputedHead(_ChunkedHead):
         return torch.stack(losses).sum()
 
 
+class TokenLossHead(_ChunkedHead):
+    """Gives the loss of every token where other heads give the sum: for validation, without gradients.
+
+    Args:
+        chunk_tokens: most tokens of a chunk; fitted to the weight's shape where left out.
+    """
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
+        """Give weighted token losses, ``float32[1, local_len]`` (float64 from fp64); arguments as in `LossHead`."""
+        sizes = self._chunk_sizes(hidden.shape[1], weight)
+        chunks = zip(*(x.squeeze(0).split(sizes) for x in (hidden, labels, loss_weights)), strict=True)
+        return torch.cat([_token_losses(h, weight, y, w) for h, y, w in chunks])[None]
+
+
 class LigerHead:
     """Liger Kernel's fused linear cross entropy (Hsu et al. 2024): Triton kernels, for CUDA only.
 
@@ -201,9 +216,13 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
+    return _token_losses(hidden, weight, labels, loss_weights).sum()
+
+
+def _token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
     logits = F.linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none") * loss_weights).sum()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none") * loss_weights
 
 
 def _fitting_chunk_tokens(weight: Tensor) -> int:

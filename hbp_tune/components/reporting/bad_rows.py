@@ -31,12 +31,12 @@ class BadRowList:
     listed: Sequence[tuple[RowPlace, str]]
 
 
-def report_bad_rows(bad_rows: BadRowList, directory: Path, policy: str) -> str | None:
-    """Write the bad rows to ``directory/bad_rows.csv``, and end the run where they may not be dropped.
+def report_bad_rows(bad_rows: BadRowList, path: Path, policy: str) -> str | None:
+    """Write the bad rows to a table, and end the run where they may not be dropped.
 
     Args:
         bad_rows: of all data sets.
-        directory: of the run.
+        path: of the table (CSV); an earlier run's is removed.
         policy: ``error`` or ``drop``.
 
     Returns:
@@ -45,12 +45,11 @@ def report_bad_rows(bad_rows: BadRowList, directory: Path, policy: str) -> str |
     Raises:
         DataError: the policy is ``error``, and there are bad rows.
     """
-    path = directory / "bad_rows.csv"
-    path.unlink(missing_ok=True)  # an earlier run's
+    path.unlink(missing_ok=True)
     listed = bad_rows.listed
     if not listed:
         return None
-    directory.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow((*COLUMNS, "reason"))
