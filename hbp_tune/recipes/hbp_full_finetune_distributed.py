@@ -318,12 +318,15 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         """
 
         def make() -> tuple[EpochPlan, str]:
+            lengths, sample_ids = self._store.lengths, self._data.draw(seed=self.seed, epoch=epoch)
             if self._plan_file:
-                plan = check_saved_plan(self._saved_plans, epoch, self._store.lengths, self._groups, world_size=self.world_size)
+                plan = check_saved_plan(
+                    self._saved_plans, epoch, lengths, self._groups, world_size=self.world_size, sample_ids=sample_ids
+                )
                 check_targets(plan, self._num_targets)  # lengths alone do not tell them
             else:
                 plan = self._planner.plan(
-                    self._store.lengths,
+                    lengths,
                     self._num_targets,
                     self._groups,
                     world_size=self.world_size,
@@ -332,6 +335,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
                     curriculum=self._curriculum,
                     first_step=first_step,
                     cost=self._cost,
+                    sample_ids=sample_ids,
                 )
             return plan, plan.hash
 

@@ -150,6 +150,7 @@ class HBPPlanRecipe:
         """
         self._classes: NDArray[np.int16] | None
         self._places: Callable[[NDArray[np.int32]], Sequence[RowPlace]]
+        self._draw: Callable[[int], NDArray[np.int32]]
         self._warnings: list[str]
         if name.lower().endswith(LENGTH_SUFFIXES) or os.path.sep in name or os.path.exists(name):
             if num_samples is not None:
@@ -163,6 +164,7 @@ class HBPPlanRecipe:
                 raise ConfigError(f"lengths={name} is no file ({', '.join(LENGTH_SUFFIXES)}), and {error}") from error
             self._lengths_from = f"synthetic lengths, {name}"
         self._num_targets = np.ones_like(self._lengths)  # nobody knows them
+        self._draw = lambda epoch: np.arange(len(self._lengths), dtype=np.int32)
         self._places = lambda ids: [RowPlace(dataset=name, row=int(i)) for i in ids]
         self._warnings = []
 
@@ -180,6 +182,7 @@ class HBPPlanRecipe:
             self._num_targets = store.num_targets_within(self._groups[-1].pack_len)
             self._lengths_from = "the data set's tokens"
         self._lengths, self._places = loaded.counts.lengths, loaded.places
+        self._draw = lambda epoch: loaded.draw(seed=self.seed, epoch=epoch)
         self._classes = loaded.counts.sources if len(loaded.sources) > 1 else None
         with self._writing():
             bad_rows = report_bad_rows(loaded.bad_rows(), self._output_dir / "bad_rows.csv", cfg.get("bad_rows") or "error")
@@ -231,6 +234,7 @@ class HBPPlanRecipe:
             curriculum=self._curriculum,
             first_step=first_step,
             cost=self._cost,
+            sample_ids=self._draw(epoch),
         )
         return plan
 
@@ -246,6 +250,7 @@ class HBPPlanRecipe:
                 seed=self.seed,
                 tokens_per_step=getattr(self._planner, "tokens_per_step", None),  # a planner of the user's may have none
                 overlong="drop" if len(plan.dropped) else "truncate" if len(plan.truncated) else "error",
+                sample_ids=self._draw(0),
             )
             metrics[name] = measure(baseline, self._cost, self._classes)
             if name == "isf":

@@ -26,6 +26,7 @@ def plan_baseline(
     seed: int,
     tokens_per_step: int | None = None,
     overlong: str = "error",
+    sample_ids: NDArray[np.int32] | None = None,
 ) -> EpochPlan:
     """Plan an epoch by a method from the literature: every sample in one group, packs in random order.
 
@@ -37,6 +38,7 @@ def plan_baseline(
         seed: of every shuffle.
         tokens_per_step: as for `BalancePlanner`.
         overlong: as for `BalancePlanner`.
+        sample_ids: ``int32[num_drawn]``, as for `BalancePlanner.plan`.
 
     Raises:
         ConfigError: the name is unknown.
@@ -49,7 +51,8 @@ def plan_baseline(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is worth saying is said about the plan that is trained
         # These plans are not trained, so targets play no part: every sample counts as having one.
-        return planner.plan(lengths, np.ones_like(lengths), [group], world_size=world_size, seed=seed)
+        ones = np.ones_like(lengths)
+        return planner.plan(lengths, ones, [group], world_size=world_size, seed=seed, sample_ids=sample_ids)
 
 
 def one_length_group(groups: Sequence[PackingGroup], lengths: NDArray[np.int32]) -> PackingGroup:
