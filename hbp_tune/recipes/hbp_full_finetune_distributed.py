@@ -472,7 +472,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         if self._validator is None or not is_due:
             return
         metrics = self._validator.run(self._model, self._switch, self._device)
-        utils.log_rank_zero(log, describe_validation(metrics))
+        if self._is_rank_zero:
+            tqdm.write(describe_validation(self.global_step, metrics))  # on a line of its own, above the progress bar
         if self._metric_logger:
             self._metric_logger.log_dict(metrics, step=self.global_step)
 

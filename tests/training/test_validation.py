@@ -55,4 +55,4 @@ def test_the_plan_has_every_held_out_sample_once(tmp_path: Path) -> None:
 
 def test_the_line_for_people() -> None:
     metrics = {"val_loss": 2.5, "val_loss_len_1024": 2.25, "val_loss_code": 3.0}
-    assert describe_validation(metrics) == "Validation: val_loss 2.5000, len_1024 2.2500, code 3.0000"
+    assert describe_validation(20, metrics) == "Validation after step 20: val_loss 2.5000, len_1024 2.2500, code 3.0000"

@@ -119,9 +119,10 @@ class Validator:
         return {name: (loss_sum / count).item() for name, (loss_sum, count) in sums.items() if count}
 
 
-def describe_validation(metrics: dict[str, float]) -> str:
-    """Put the losses of a validation into one line."""
-    return "Validation: " + ", ".join(f"{name.removeprefix('val_loss_')} {loss:.4f}" for name, loss in metrics.items())
+def describe_validation(step: int, metrics: dict[str, float]) -> str:
+    """Put the losses of a validation after ``step`` into one line."""
+    losses = ", ".join(f"{name.removeprefix('val_loss_')} {loss:.4f}" for name, loss in metrics.items())
+    return f"Validation after step {step}: {losses}"
 
 
 @contextmanager
