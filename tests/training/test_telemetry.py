@@ -7,7 +7,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hbp_tune.components import ModelShape, PackingGroup, StepMetrics, StepTelemetry, busy_clock, peak_flops_per_s, progress_line
+from hbp_tune.components import (
+    ModelShape,
+    PackingGroup,
+    StepMetrics,
+    StepTelemetry,
+    busy_clock,
+    compile_layers,
+    make_checkpointable,
+    peak_flops_per_s,
+    progress_line,
+)
+from hbp_tune.components.parallel.activation_checkpoint import set_ac_layers
 from hbp_tune.components.training.busy import CpuTimeClock
 from hbp_tune.components.training.time_left import TimeLeft
 from tests.ranks import RankPool
@@ -135,6 +146,49 @@ def test_a_rank_that_waits_in_gloo_is_not_busy(ranks: Callable[[int], RankPool])
 
 def test_the_clock_of_a_cpu() -> None:
     assert isinstance(busy_clock(CPU, []), CpuTimeClock)
+
+
+class FakeEvent:
+    """A CUDA event on a device where a millisecond passes from one event to the next."""
+
+    recorded = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        FakeEvent.recorded += 1
+        self.at_ms = FakeEvent.recorded
+
+    def elapsed_time(self, later: "FakeEvent") -> float:
+        return later.at_ms - self.at_ms
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_the_clock_of_a_gpu_counts_forwards_of_layers_once(monkeypatch: pytest.MonkeyPatch, is_compiled: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    layers = [torch.nn.Linear(4, 4) for _ in range(3)]
+    if is_compiled:
+        compile_layers(layers, backend="eager")
+    make_checkpointable(layers)
+    set_ac_layers(layers, 2)
+    clock = busy_clock(torch.device("cuda"), layers)
+
+    def forward() -> torch.Tensor:
+        hidden = torch.ones(1, 5, 4)
+        for layer in layers:
+            hidden = layer(hidden)
+        return hidden.sum()
+
+    forward()  # validation, say
+    for num_forwards in (1, 2):
+        clock.start()
+        for _ in range(num_forwards):
+            forward().backward()
+        clock.stop()
+    assert clock.read_s() == pytest.approx([0.003, 0.006])
+    assert clock.read_s() == []
 
 
 def test_time_left_by_hand() -> None:
