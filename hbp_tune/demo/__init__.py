@@ -3,6 +3,7 @@
 ``prepare_demo`` writes into one directory::
 
     chat.jsonl                      {"source": kind, "messages": [{"role", "content"}, ...]} per line
+    val.jsonl                       held-out samples of the same kinds
     tokenizer/tokenizer.model       ranks in tiktoken's format
     tokenizer/special_tokens.json   Llama 3's special tokens
     model/config.json               and generation_config.json
@@ -32,7 +33,7 @@ MIN_TOKENS = 256
 # The tiny model's positions.
 MAX_POSITIONS = 32768
 # Raised when the same arguments would give other files.
-_FORMAT = 1
+_FORMAT = 2
 # Plenty for two thousand tokens, and trained on in about a second.
 _TRAINING_CHARS = 2_500_000
 
@@ -57,8 +58,13 @@ class DemoFiles:
 
     @property
     def data_file(self) -> Path:
-        """The conversations."""
+        """The conversations to train on."""
         return self.directory / "chat.jsonl"
+
+    @property
+    def held_out_file(self) -> Path:
+        """The conversations to validate on."""
+        return self.directory / "val.jsonl"
 
     @property
     def tokenizer_file(self) -> Path:
@@ -154,7 +160,7 @@ def _check_arguments(num_samples: int, max_tokens: int, seed: int) -> None:
 
 def _written(files: DemoFiles) -> list[Path]:
     model = [files.checkpoint_dir / name for name in ("config.json", "generation_config.json", "model.safetensors")]
-    return [files.data_file, files.tokenizer_file, files.special_tokens_file, *model]
+    return [files.data_file, files.held_out_file, files.tokenizer_file, files.special_tokens_file, *model]
 
 
 def _refuse_foreign_files(directory: Path) -> None:
@@ -163,7 +169,7 @@ def _refuse_foreign_files(directory: Path) -> None:
     Raises:
         DemoError: there is one.
     """
-    for name in ("chat.jsonl", "tokenizer", "model", "demo.json"):
+    for name in ("chat.jsonl", "val.jsonl", "tokenizer", "model", "demo.json"):
         if (directory / name).exists():
             raise DemoError(f"directory={str(directory)!r} has a {name!r} that the demo did not write; choose another directory")
 
@@ -183,7 +189,7 @@ def _write_record(directory: Path, record: dict[str, Any]) -> None:
 
 
 def _write_data(directory: Path, *, num_samples: int, max_tokens: int, seed: int) -> "list[Sample]":
-    from hbp_tune.demo.samples import choose_samples
+    from hbp_tune.demo.samples import choose_held_out, choose_samples
     from hbp_tune.demo.stdlib import read_modules
     from hbp_tune.demo.tokenizer import ChatCounter, train_ranks, write_tokenizer
 
@@ -192,8 +198,11 @@ def _write_data(directory: Path, *, num_samples: int, max_tokens: int, seed: int
     write_tokenizer(directory / "tokenizer", ranks)
     count_tokens = ChatCounter(ranks)
     samples = choose_samples(modules, count_tokens, num_samples=num_samples, max_tokens=max_tokens, seed=seed)
-    lines = (json.dumps(sample.row(), ensure_ascii=False) + "\n" for sample in samples)
-    (directory / "chat.jsonl").write_bytes("".join(lines).encode())
+    num_held_out = max(MIN_SAMPLES, num_samples // 10)
+    held_out = choose_held_out(samples, modules, count_tokens, num_samples=num_held_out, max_tokens=max_tokens, seed=seed + 1)
+    for name, rows in (("chat.jsonl", samples), ("val.jsonl", held_out)):
+        lines = (json.dumps(sample.row(), ensure_ascii=False) + "\n" for sample in rows)
+        (directory / name).write_bytes("".join(lines).encode())
     return samples
 
 

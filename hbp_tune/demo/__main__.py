@@ -80,6 +80,7 @@ def _report(console: Console, files: DemoFiles, wall_s: float) -> None:
         console.print(f"{files.directory} is up to date; nothing was done.", markup=False, soft_wrap=True)
     console.print(_length_table(files))
     console.print(f"data       {files.data_file}", markup=False, soft_wrap=True)
+    console.print(f"held out   {files.held_out_file}", markup=False, soft_wrap=True)
     console.print(f"tokenizer  {files.tokenizer_file.parent}", markup=False, soft_wrap=True)
     console.print(f"model      {files.checkpoint_dir}", markup=False, soft_wrap=True)
     override = "" if files.directory == Path(DEFAULT_DIR) else f" demo_dir={files.directory}"

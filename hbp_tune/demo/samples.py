@@ -220,6 +220,31 @@ def choose_samples(
     return [samples[i] for i in sorted(range(num_samples), key=lambda i: hash_order(seed, "mix", i))]
 
 
+def choose_held_out(
+    training: Sequence[Sample], modules: Sequence[Module], count_tokens: CountTokens, **bounds: int
+) -> list[Sample]:
+    """Draw samples like the training samples, no answer of which is among theirs.
+
+    Args:
+        training: what `choose_samples` gave.
+        modules: what to ask about.
+        count_tokens: tokens of one conversation in chat format.
+        bounds: ``num_samples``, some less where answers coincide, ``max_tokens`` and ``seed``, as of `choose_samples`.
+
+    Raises:
+        DemoError: every answer is among the training samples'.
+    """
+    seen = {answer for sample in training for answer in _answers(sample)}
+    held_out = [x for x in choose_samples(modules, count_tokens, **bounds) if seen.isdisjoint(_answers(x))]
+    if not held_out:
+        raise DemoError(f"num_samples={len(training)} leaves no sample to hold out; ask for fewer")
+    return held_out
+
+
+def _answers(sample: Sample) -> list[str]:
+    return [message["content"] for message in sample.messages if message["role"] == "assistant"]
+
+
 def _counted(sample: Sample, count_tokens: CountTokens) -> Sample:
     return Sample(source=sample.source, messages=sample.messages, num_tokens=count_tokens(sample.messages))
 

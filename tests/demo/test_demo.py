@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from hbp_tune.demo import DemoError, DemoFiles, __main__, prepare_demo
-from hbp_tune.demo.samples import BODY_WEIGHTS, TAIL_MIN_TOKENS, choose_samples, hash_order
+from hbp_tune.demo.samples import BODY_WEIGHTS, TAIL_MIN_TOKENS, choose_held_out, choose_samples, hash_order
 from hbp_tune.demo.stdlib import read_modules
 
 NUM_SAMPLES = 200
@@ -108,6 +108,18 @@ def test_rows_are_conversations(rows):
     assert max(len(row["messages"]) for row in rows) >= 4
 
 
+def answers(rows: list[dict]) -> set[str]:
+    return {message["content"] for row in rows for message in row["messages"] if message["role"] == "assistant"}
+
+
+def test_held_out_rows_are_alike_and_share_no_answer(demo, rows):
+    held_out = [json.loads(line) for line in demo.held_out_file.read_text().splitlines()]
+    assert 15 <= len(held_out) <= max(20, NUM_SAMPLES // 10)
+    assert {row["source"] for row in held_out} & BODY_WEIGHTS.keys()
+    assert {row["source"] for row in held_out} & TAIL_KINDS
+    assert answers(held_out).isdisjoint(answers(rows))
+
+
 def test_the_record_has_the_lengths_that_torchtune_counts(demo, rows, tokenizer, torchtune_names):
     counted: dict[str, list[int]] = {}
     for row in rows:
@@ -170,7 +182,7 @@ def small_parts(monkeypatch):
 
     def write_data(directory: Path, **arguments: int) -> list:
         made.append(arguments)
-        for name in ("chat.jsonl", "tokenizer/tokenizer.model", "tokenizer/special_tokens.json"):
+        for name in ("chat.jsonl", "val.jsonl", "tokenizer/tokenizer.model", "tokenizer/special_tokens.json"):
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_text("")
         return []
@@ -205,7 +217,7 @@ def test_a_failing_run_leaves_an_unfinished_record(monkeypatch, tmp_path):
     assert not json.loads((tmp_path / "demo.json").read_text())["finished"]
 
 
-@pytest.mark.parametrize("name", ["chat.jsonl", "demo.json"])
+@pytest.mark.parametrize("name", ["chat.jsonl", "val.jsonl", "demo.json"])
 def test_files_of_another_origin_are_not_overwritten(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(DemoError, match=rf"has a '{name}' that the demo did not write; choose another directory"):
@@ -275,7 +287,10 @@ def test_too_many_samples_says_how_many_there_are(tmp_path):
     with pytest.raises(DemoError, match=r"num_samples=1000 is more than the \d+ samples") as error:
         choose_samples(modules, num_samples=1000, **arguments)
     available = int(str(error.value).split("more than the ")[1].split()[0])
-    assert len(choose_samples(modules, num_samples=available, **arguments)) == available
+    every = choose_samples(modules, num_samples=available, **arguments)
+    assert len(every) == available
+    with pytest.raises(DemoError, match=rf"num_samples={available} leaves no sample to hold out; ask for fewer"):
+        choose_held_out(every, modules, num_samples=available, **arguments)
 
 
 def test_hash_order_is_the_same_everywhere():
