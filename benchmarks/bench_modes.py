@@ -46,7 +46,7 @@ def run(case: str, overrides: list[str]) -> dict[str, object]:
     steps = [
         (int(re.search(r"num_tokens:(\d+)", line)[1]), float(re.search(r"tokens_per_second_per_gpu:([\d.]+)", line)[1]))
         for line in log.splitlines()
-        if line.startswith("Step")
+        if " num_tokens:" in line
     ]
     seconds = sum(tokens / rate / 2 for tokens, rate in steps[2:])
     tokens = sum(tokens for tokens, _ in steps[2:])
