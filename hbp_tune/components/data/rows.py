@@ -94,6 +94,8 @@ class RowReader:
             else:
                 sample = self._sources[source][row]
             tokens, is_target = _tokens_and_targets(sample)
+        except UnicodeDecodeError as error:  # the JSON loader lets it through: it shows when a row is read
+            return BadRow(source=source, row=row, reason=f"broken UTF-8: {error.reason}")
         except Exception as error:
             return BadRow(source=source, row=row, reason=" ".join(f"{type(error).__name__}: {error}".split()))
         num_targets = int(np.count_nonzero(is_target[1:]))
