@@ -118,7 +118,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     def __init__(self, cfg: DictConfig) -> None:
         check_config(cfg)
-        self._data_settings = {key: data_settings(cfg, key) for key in ("dataset", "dataset_val") if cfg.get(key)}
+        data_keys = [key for key in ("dataset", "dataset_val") if cfg.get(key)]
+        self._data_settings = {key: data_settings(cfg[key], cfg.tokenizer, key) for key in data_keys}
         self._bad_rows = cfg.get("bad_rows") or "error"
         self._device = utils.get_device(device=cfg.device)
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)

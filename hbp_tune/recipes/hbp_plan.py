@@ -170,7 +170,7 @@ class HBPPlanRecipe:
 
     def _read_data(self, cfg: DictConfig) -> None:
         """Tokenise the data set into the store that training reads, or estimate its lengths where there is no tokenizer."""
-        data = data_settings(cfg)
+        data = data_settings(cfg.dataset, cfg.tokenizer)
         directory = Path(cfg.get("token_store_dir") or default_store_directory())
         missing = missing_tokenizer_files(cfg)
         if missing:

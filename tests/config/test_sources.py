@@ -25,7 +25,7 @@ def test_local_files_are_data_files_then_the_tokenizer_s(tmp_path: Path, monkeyp
     }
 
     def found(*datasets: dict[str, Any]) -> list[str]:
-        settings = data_settings({"dataset": list(datasets), "tokenizer": tokenizer})
+        settings = data_settings(list(datasets), tokenizer)
         return [str(path) for path in (*(file for one in settings.datasets for file in one.files), *settings.tokenizer_files)]
 
     assert found(data("*.jsonl")) == ["a.jsonl", "b.jsonl", "vocab.json"]
@@ -73,11 +73,11 @@ def test_labels_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         {"_component_": "d", "source": "x/y", "label": "rows_2"},
         {"_component_": "some.module.rows"},
     ]
-    assert data_settings({"dataset": nodes, "tokenizer": {}}).labels == ("chat", "chat_2", "rows", "rows_2", "rows_3")
+    assert data_settings(nodes, {}).labels == ("chat", "chat_2", "rows", "rows_2", "rows_3")
 
 
 def test_one_data_set_needs_no_list() -> None:
-    settings = data_settings({"dataset": {"_component_": "d", "source": "x/y", "weight": 0.5}, "tokenizer": {"_component_": "t"}})
+    settings = data_settings({"_component_": "d", "source": "x/y", "weight": 0.5}, {"_component_": "t"})
     assert settings.weights == (0.5,)
     assert (settings.tokenizer, settings.tokenizer_files) == ({"_component_": "t"}, ())
 

@@ -32,7 +32,7 @@ class Letters:
 
 def settings(*data_files: Any, **changes: Any) -> DataSettings:
     nodes = [{"_component_": "torchtune.datasets.chat_dataset", **CHAT, "data_files": files, **changes} for files in data_files]
-    return data_settings({"dataset": nodes, "tokenizer": {"_component_": "letters"}})
+    return data_settings(nodes, {"_component_": "letters"})
 
 
 def opened(data: DataSettings, tmp_path: Path) -> tuple[tuple[DataSource, ...], TokenStore]:

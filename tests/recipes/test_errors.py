@@ -94,3 +94,23 @@ def test_dropped_and_truncated_samples_are_listed(ranks: Callable[[int], RankPoo
         assert sum(step["num_tokens"] for step in steps) == {"drop": 110, "truncate": 110 + 2 * 512}[overlong]
         rows = (tmp_path / "out/overlong.csv").read_text().split()
         assert rows == ["sample_id,dataset,file,row,line,num_tokens", "1,random_tokens,,1,,600", "3,random_tokens,,3,,700"]
+
+
+def test_bad_rows_are_left_out_and_listed(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    cfg = recipe_config(tmp_path, [10, 1, 100, 1, 50], [SHORT, LONG])
+    message = (
+        rf"rank 1: DataError: 2 of 5 rows are no training samples .*, the first: row 1 of random_tokens, .*{tmp_path}.*=drop"
+    )
+    with pytest.raises(RankError, match=message):
+        ranks(2).run(run_recipe_job, cfg)
+    assert len((tmp_path / "out/bad_rows.csv").read_text().splitlines()) == 3
+    cfg.bad_rows = "drop"
+    steps = ranks(2).run(run_recipe_job, cfg)[0]
+    assert sum(step["num_tokens"] for step in steps) == 160
+    assert [line.split(",")[2] for line in (tmp_path / "out/bad_rows.csv").read_text().splitlines()[1:]] == ["1", "3"]
+
+
+def test_a_policy_that_does_not_exist(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    cfg = recipe_config(tmp_path, [10, 100], [SHORT, LONG], bad_rows="skip")
+    with pytest.raises(RankError, match=r"bad_rows=skip is no policy; choose error or drop"):
+        ranks(2).run(run_recipe_job, cfg)

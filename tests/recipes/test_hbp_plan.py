@@ -163,7 +163,7 @@ def test_without_the_tokenizer_s_file_lengths_are_estimated(tmp_path: Path, caps
         "cache_dir": str(tmp_path / "cache"),
     }
     tokenizer = {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": "no/tokenizer.model", "max_seq_len": 100}
-    report = plan(config(tmp_path, dataset=dataset, tokenizer=tokenizer))
+    report = plan(config(tmp_path, dataset=dataset, tokenizer=tokenizer, bad_rows="drop"))
     assert (
         "Lengths: estimated from the text's bytes, as the tokenizer's no/tokenizer.model does not exist."
         in capsys.readouterr().out
@@ -171,6 +171,11 @@ def test_without_the_tokenizer_s_file_lengths_are_estimated(tmp_path: Path, caps
     assert report.lengths[0] == 2 + 2 * 5 + 1 + 1
     assert report.lengths.max() == 100
     assert not (tmp_path / "stores").exists(), "training must not find them"
+    # From the 55th on, the question alone has 100 tokens: the answer is cut off.
+    assert [line.split(",")[1:4] for line in (tmp_path / "out/bad_rows.csv").read_text().splitlines()[1:]] == [
+        [str(tmp_path / "chat.jsonl"), str(row), str(row + 1)] for row in range(54, 59)
+    ]
+    assert any("5 of 59 rows are no training samples" in warning for warning in report.warnings)
 
 
 def test_what_planning_warns_of_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +189,7 @@ def test_what_planning_warns_of_is_said_once(tmp_path: Path, capsys: pytest.Capt
     assert report.warnings[0].startswith("1 of 159 samples are longer than pack_len=512 of the longest group 'long'")
     for line in report.warnings:
         assert f"warning: {line}" in output
-    assert (tmp_path / "out/overlong.csv").read_text().split()[1:] == ["158,random_tokens,,158,,2000"]
+    assert (tmp_path / "out/overlong.csv").read_text().split()[1:] == [f"158,{cfg.lengths},,158,,2000"]
 
 
 def test_a_plan_by_chance_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,13 +61,13 @@ class DataSettings:
         return tuple(dataset.label for dataset in self.datasets)
 
 
-def data_settings(cfg: Mapping[str, Any], key: str = "dataset") -> DataSettings:
-    """Read the keys ``dataset`` (or ``dataset_val``) and ``tokenizer``, and find their local files."""
+def data_settings(dataset: Any, tokenizer: Any, key: str = "dataset") -> DataSettings:
+    """Read what the keys ``dataset`` (or ``dataset_val``) and ``tokenizer`` hold, and find their local files."""
     return DataSettings(
-        datasets=dataset_settings(cfg[key], key),
-        tokenizer=_plain(cfg["tokenizer"]),
+        datasets=dataset_settings(dataset, key),
+        tokenizer=_plain(tokenizer),
         # A tokenizer's arguments may hold whole prompts; Path.is_file fails on strings too long for a name.
-        tokenizer_files=tuple(Path(name) for name in strings(cfg["tokenizer"]) if os.path.isfile(name)),
+        tokenizer_files=tuple(Path(name) for name in strings(tokenizer) if os.path.isfile(name)),
     )
 
 

@@ -11,7 +11,7 @@ from torchtune.data import OpenAIToMessages, ShareGPTToMessages
 from hbp_tune.components.data.batch import IGNORE_INDEX
 from hbp_tune.components.planning.errors import DataError
 
-NO_TARGET = "no target: none of its tokens counts toward the loss"
+NO_TARGET = "no target: no token counts toward the loss, or tokenizer.max_seq_len cut off those that do"
 
 
 class SampleSource(Protocol):

@@ -156,7 +156,7 @@ def open_token_store(sources: Sequence[SampleSource], path: Path, builder: Build
 
 
 def _build(shards: Sequence[Shard], rows: RowReader, path: Path, builder: Builder) -> None:
-    bar = tqdm(total=len(rows), desc="Tokenising", unit=" rows", disable=not builder.show_progress)
+    bar = tqdm(total=len(rows), desc="Tokenising", unit=" rows", mininterval=1.0, disable=not builder.show_progress)
     with bar, ShardBuilders(shards, rows, num_processes=builder.num_processes, first=builder.first) as builders:
         while missing := [shard for shard in shards if not shard.summary.exists()]:
             bar.update(len(rows) - sum(shard.stop - shard.start for shard in missing) - bar.n)
