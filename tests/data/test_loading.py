@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from hbp_tune.components.config.sources import DataSettings, data_settings
-from hbp_tune.components.data.loading import load_data, open_data
-from hbp_tune.components.data.sources import DataSource, bad_rows_of, describe_sources, places_of_samples
+from hbp_tune.components.data.loading import estimate_data, open_data
+from hbp_tune.components.data.sources import LoadedData
 from hbp_tune.components.data.store import Builder, TokenStore
 from hbp_tune.components.planning.errors import ConfigError, DataError
 from hbp_tune.components.reporting.bad_rows import report_bad_rows
@@ -35,12 +35,12 @@ def settings(*data_files: Any, **changes: Any) -> DataSettings:
     return data_settings(nodes, {"_component_": "letters"})
 
 
-def opened(data: DataSettings, tmp_path: Path) -> tuple[tuple[DataSource, ...], TokenStore]:
+def opened(data: DataSettings, tmp_path: Path) -> tuple[LoadedData, TokenStore]:
     return open_data(data, Letters(), tmp_path / "stores", Builder(num_processes=1, show_progress=False))
 
 
-def bad_lines(sources: Any, store: TokenStore) -> dict[str, str]:
-    return {str(place): reason for place, reason in bad_rows_of(sources, store).listed}
+def bad_lines(loaded: LoadedData) -> dict[str, str]:
+    return {str(place): reason for place, reason in loaded.bad_rows().listed}
 
 
 def texts(store: TokenStore) -> list[str]:
@@ -68,10 +68,10 @@ def write(path: Path, rows: list[Any]) -> str:
 def test_formats_of_local_files(tmp_path: Path, name: str) -> None:
     file = write(tmp_path / name, [*ROWS, chat("Only this.")])
     source = {"source": "parquet"} if name.endswith("parquet") else {}
-    sources, store = opened(settings(file, **source), tmp_path)
+    loaded, store = opened(settings(file, **source), tmp_path)
     assert texts(store) == ["Hi.Yo.", "How?So."]
     place = {"a.parquet": f"row 2 of {file}", "array.json": "row 2 of array"}.get(name, f"{file}:3")
-    assert bad_lines(sources, store) == {place: "no assistant turn"}
+    assert bad_lines(loaded) == {place: "no assistant turn"}
 
 
 def test_weights_and_labels_decide_no_token(tmp_path: Path) -> None:
@@ -84,8 +84,8 @@ def test_weights_and_labels_decide_no_token(tmp_path: Path) -> None:
 
 def test_what_each_data_set_holds(tmp_path: Path) -> None:
     files = [write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", [*ROWS, chat("Only this.")])]
-    sources, store = opened(settings(*files, weight=0.5), tmp_path)
-    assert describe_sources(sources, store, store.num_targets_within(100)) == [
+    loaded, _ = opened(settings(*files, weight=0.5), tmp_path)
+    assert loaded.describe() == [
         "Data set a: 2 rows, 0 of them bad, 13 tokens, 6 targets; weight 0.5",
         "Data set b: 3 rows, 1 of them bad, 13 tokens, 6 targets; weight 0.5",
     ]
@@ -116,25 +116,25 @@ def test_bad_lines_are_named_and_the_others_read(tmp_path: Path, line: bytes, re
     file.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
     other = write(tmp_path / "b.jsonl", ROWS[:1])
     data = settings([str(file), other])
-    sources, store = opened(data, tmp_path)
+    loaded, store = opened(data, tmp_path)
     assert texts(store) == ["Hi.Yo.", "How?So.", "Hi.Yo."]
-    (found,) = bad_lines(sources, store).items()
+    (found,) = bad_lines(loaded).items()
     assert found[0] == f"{file}:3"
     assert reason in found[1]
-    assert [str(place) for place in places_of_samples(sources, store, [2, 0, 1])] == [f"{other}:1", f"{file}:1", f"{file}:4"]
-    again_sources, again = opened(data, tmp_path)
+    assert [str(place) for place in loaded.places([2, 0, 1])] == [f"{other}:1", f"{file}:1", f"{file}:4"]
+    loaded_again, again = opened(data, tmp_path)
     assert again.fingerprint == store.fingerprint
-    assert bad_lines(again_sources, again) == dict([found])
+    assert bad_lines(loaded_again) == dict([found])
 
 
 def test_bad_lines_of_both_kinds_in_one_list(tmp_path: Path) -> None:
     lines = [json.dumps(ROWS[0]).encode(), b"{", json.dumps(chat("Alone.")).encode(), b"[1]", json.dumps(ROWS[1]).encode()]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    sources, store = opened(settings(str(tmp_path / "a.jsonl"), label="chat"), tmp_path)
-    bad_rows = bad_rows_of(sources, store)
+    loaded, _ = opened(settings(str(tmp_path / "a.jsonl"), label="chat"), tmp_path)
+    bad_rows = loaded.bad_rows()
     assert bad_rows.num_rows == 5
     file, listed = tmp_path / "a.jsonl", tmp_path / "out/bad_rows.csv"
-    line = report_bad_rows(bad_rows, tmp_path / "out", "drop")
+    line = report_bad_rows(bad_rows, listed, "drop")
     assert line is not None
     assert line.startswith("3 of 5 rows are no training samples (1 broken JSON: ")
     assert line.endswith(f"the first: {file}:2, {file}:4, {file}:3; left out, all are listed in {listed}")
@@ -143,16 +143,16 @@ def test_bad_lines_of_both_kinds_in_one_list(tmp_path: Path) -> None:
     assert rows[0] == ["dataset", "file", "row", "line", "reason"]
     assert [row[:4] for row in rows[1:]] == [["chat", str(file), str(i), str(i + 1)] for i in (1, 3, 2)]
     with pytest.raises(DataError, match=r"3 of 5 rows are no training samples .*mend them, or set bad_rows=drop to leave them"):
-        report_bad_rows(bad_rows, tmp_path / "out", "error")
-    good = bad_rows_of(*opened(settings(write(tmp_path / "b.jsonl", ROWS)), tmp_path))
-    assert report_bad_rows(good, tmp_path / "out", "error") is None
+        report_bad_rows(bad_rows, listed, "error")
+    good = opened(settings(write(tmp_path / "b.jsonl", ROWS)), tmp_path)[0].bad_rows()
+    assert report_bad_rows(good, listed, "error") is None
     assert not listed.exists(), "it was an earlier run's"
 
 
 def test_rows_of_a_split_have_no_known_file(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [*ROWS, chat("Alone."), *ROWS, *ROWS])
-    sources, store = opened(settings(file, split="train[1:4]"), tmp_path)
-    assert bad_lines(sources, store) == {"row 1 of a": "no assistant turn"}
+    loaded, _ = opened(settings(file, split="train[1:4]"), tmp_path)
+    assert bad_lines(loaded) == {"row 1 of a": "no assistant turn"}
 
 
 def test_a_file_without_one_good_line_is_the_loader_s_error(tmp_path: Path) -> None:
@@ -167,10 +167,11 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
         opened(settings(file, conversation_column="turns"), tmp_path)
 
 
-def test_loading_alone_needs_no_store(tmp_path: Path) -> None:
+def test_an_estimate_needs_no_store(tmp_path: Path) -> None:
     file = written(tmp_path / "a.jsonl", *ROWS)
-    (source,) = load_data(settings(file), Letters(), tmp_path / "stores")
-    assert len(source.samples) == 2
+    loaded, counts = estimate_data(settings(file), tmp_path / "stores")
+    assert loaded.counts is counts
+    assert len(counts.lengths) == 2
     assert not (tmp_path / "stores").exists()
 
 
@@ -178,8 +179,8 @@ def test_loading_alone_needs_no_store(tmp_path: Path) -> None:
 def test_a_line_of_50_mb(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [ROWS[0], chat("Hi.", "word " * 10_000_000), ROWS[1]])
     start = time.monotonic()
-    sources, store = opened(settings(file), tmp_path)
+    loaded, store = opened(settings(file), tmp_path)
     assert store.lengths.tolist() == [6, 50_000_003, 7]
     assert store.num_targets_within(8192).tolist() == [3, 8189, 3]
-    assert bad_lines(sources, store) == {}
+    assert bad_lines(loaded) == {}
     assert time.monotonic() - start < 60
