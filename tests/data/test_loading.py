@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +177,7 @@ def test_an_estimate_needs_no_store(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_line_of_50_mb(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [ROWS[0], chat("Hi.", "word " * 10_000_000), ROWS[1]])
-    start = time.monotonic()
     loaded, store = opened(settings(file), tmp_path)
     assert store.lengths.tolist() == [6, 50_000_003, 7]
     assert store.num_targets_within(8192).tolist() == [3, 8189, 3]
     assert bad_lines(loaded) == {}
-    assert time.monotonic() - start < 60
