@@ -98,9 +98,8 @@ def _load(settings: DatasetSettings, tokenizer: Any, files: Sequence[CleanFile])
     node.data_files = _replaced(settings.node["data_files"], copies)
     samples = build(settings.key, node, tokenizer)
     rows, bad_rows = _joined(files)
-    if len(samples) != len(rows):  # a split or a filter took part of them: no row has a known place
-        return DataSource(settings=settings, samples=samples)
-    return DataSource(settings=settings, samples=samples, rows=rows, bad_rows=bad_rows)
+    # A split or a filter may have taken part of the rows: then no row's place is known, but bad lines are still counted.
+    return DataSource(settings=settings, samples=samples, rows=rows if len(samples) == len(rows) else None, bad_rows=bad_rows)
 
 
 def _replaced(data_files: Any, copies: Mapping[Path, Path]) -> Any:
