@@ -205,6 +205,7 @@ class ProgressSaver:
             f"progress of step {step} could not be saved: {reason} ({describe_room(self._folder.directory, sum(needed))}); "
             f"the newest progress is {newest.name if newest else 'none'}"
         )
+        problem = gather(problem, self._pg)[0]  # free room changes from one look to the next: one rank speaks for all
         self._log(problem)
         return problem
 
