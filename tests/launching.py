@@ -4,17 +4,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
 
-def start(command: list[str], cwd: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def start(command: list[str], cwd: Path) -> subprocess.Popen[str]:
     """Start a command in a folder, whose modules it can import."""
     environment = {
         **os.environ,
-        **(environment or {}),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{cwd}:{os.environ.get('PYTHONPATH', '')}",
         "HF_DATASETS_CACHE": str(cwd / "cache"),
@@ -31,9 +29,9 @@ def end_of(process: subprocess.Popen[str], *, code: int = 0) -> str:
     return output
 
 
-def run(command: list[str], cwd: Path, *, code: int = 0, environment: Mapping[str, str] | None = None) -> str:
+def run(command: list[str], cwd: Path, *, code: int = 0) -> str:
     """Run a command in a folder to its end; give what it printed."""
-    return end_of(start(command, cwd, environment), code=code)
+    return end_of(start(command, cwd), code=code)
 
 
 def tune(*arguments: str, name: str = "hbp_full_finetune_distributed", launcher: tuple[str, ...] = ()) -> list[str]:

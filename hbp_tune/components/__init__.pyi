@@ -36,6 +36,7 @@ from hbp_tune.components.parallel.context_parallel import Ulysses as Ulysses
 from hbp_tune.components.parallel.context_parallel import UlyssesAllGather as UlyssesAllGather
 from hbp_tune.components.parallel.context_parallel import describe_layouts as describe_layouts
 from hbp_tune.components.parallel.context_parallel import select_context_parallel as select_context_parallel
+from hbp_tune.components.parallel.join import join_process_group as join_process_group
 from hbp_tune.components.parallel.loss_head import ForwardGradientHead as ForwardGradientHead
 from hbp_tune.components.parallel.loss_head import LigerHead as LigerHead
 from hbp_tune.components.parallel.loss_head import RecomputedHead as RecomputedHead

@@ -72,6 +72,7 @@ from hbp_tune.components import (
     export_weights,
     from_rank_zero,
     is_stock_loss,
+    join_process_group,
     make_checkpointable,
     measure_steps,
     model_shape,
@@ -133,16 +134,11 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self._attention, self._why_attention = select_attention(attention, self._device, self._compute_dtype)
         timeout_s = cfg.get("process_group_timeout_s")
         self._timeout = timedelta(seconds=timeout_s) if timeout_s else None
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            raise ConfigError(
-                "--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun: else ranks that start "
-                "again look for those of before, and --rdzv-backend c10d on several nodes"
-            )
         if not dist.is_initialized():
             if not dist.is_torchelastic_launched():
                 raise ConfigError("start with torchrun: tune run --nproc_per_node N hbp_full_finetune_distributed --config ...")
             backend = training.get_distributed_backend(self._device.type, offload_ops_to_cpu=self._cpu_offload)
-            dist.init_process_group(backend, timeout=self._timeout)
+            join_process_group(backend, os.environ, self._timeout)
         self.world_size, self.rank = utils.get_world_size_and_rank()
         self._is_rank_zero = self.rank == 0
         self._output_dir = Path(cfg.output_dir)

@@ -76,7 +76,7 @@ def test_weights_and_momentum_are_those_of_before_the_skipped_step(ranks: Ranks,
 def test_one_step_too_many_names_the_samples_of_its_bad_packs(ranks: Ranks, tmp_path: Path) -> None:
     message = (
         r"NonFiniteError: loss or gradient norm was not finite in 2 steps of the run, max_nonfinite_steps=1 may be skipped. In "
-        r"the last one, the samples of \d+ packs with a loss that is not finite are \d+ \(data set 0, row \d+\)"
+        r"the last one, the samples of \d+ packs with a loss that is not finite are \d+ \(row \d+ of random_tokens\)"
     )
     cfg = make_config(tmp_path, max_nonfinite_steps=1, save_every_n_steps=1)
     with pytest.raises(RankError, match=message) as raised:
