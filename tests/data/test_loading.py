@@ -157,9 +157,9 @@ def test_rows_of_a_split_have_no_known_file(tmp_path: Path) -> None:
 def test_lines_that_cannot_be_loaded_count_beside_a_split_too(tmp_path: Path) -> None:
     lines = [json.dumps(ROWS[0]), "{", json.dumps(ROWS[1]), json.dumps(ROWS[0])]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    sources, store = opened(settings(str(tmp_path / "a.jsonl"), split="train[:2]"), tmp_path)
+    loaded, store = opened(settings(str(tmp_path / "a.jsonl"), split="train[:2]"), tmp_path)
     assert texts(store) == ["Hi.Yo.", "How?So."]
-    assert list(bad_lines(sources, store)) == ["row 1 of a"]
+    assert list(bad_lines(loaded)) == ["row 1 of a"]
 
 
 def test_a_file_without_one_good_line_is_the_loader_s_error(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ GROUPS = {
     2: [{"name": "short", "pack_len": 128}, {"name": "long", "pack_len": 384, "cp_degree": 2}],
     4: [{"name": "short", "pack_len": 128}, {"name": "long", "pack_len": 384, "cp_degree": 4}],
 }
-# Two samples of one token have no target: the first third of a sample is masked, and its first token has no label.
-LENGTHS = [*mixed_lengths(40, 384, seed=3), 1, 1]
+LENGTHS = mixed_lengths(40, 384, seed=3)
 
 
 def token_mean(losses: TokenLosses) -> torch.Tensor:

@@ -70,7 +70,7 @@ def test_what_was_drawn_twice_is_counted_twice_and_listed_once(tmp_path: Path) -
     console = Console(file=io.StringIO(), width=120)
     print_plan(plan, lengths, compared=plan_comparison(plan, planner, seed=0, cost=CostModel()), console=console)
     assert "3 samples placed, 2 different ones, 2 dropped" in console.file.getvalue()  # type: ignore[attr-defined]
-    line = report_overlong(plan, lengths, np.zeros(3, dtype=np.int16), tmp_path)
+    line = report_overlong(plan, lengths, tmp_path, unknown_places)
     assert line is not None
     assert line.startswith("1 of 3 samples are longer than pack_len=256")
     assert (tmp_path / "overlong.csv").read_text().split() == ["sample_id,dataset,row,num_tokens", "1,0,1,300"]
