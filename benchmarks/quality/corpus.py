@@ -5,16 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from quality.needles import NUM_NEEDLES, NeedleChats, make_codes
+from quality.needles import CODES_PER_KEY, NUM_NEEDLES, NeedleChats, make_codes
 from quality.text import Messages, Row, open_tokenizer, read_chats, sentences, tokenize, train_tokenizer
 from torchtune.models.llama3 import Llama3Tokenizer
 
 from hbp_tune.components import TokenStore, open_token_store
+from hbp_tune.components.data.batch import IGNORE_INDEX
+from hbp_tune.demo.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
 
 MAX_LEN = 8192
 # Upper ends of the length buckets that held-out losses are told for.
 BUCKETS = (512, 1024, 2048, 4096, 8192)
 RETRIEVAL_LENS = (1024, 2048, 4096, 8192)
+# Codes are the tokenizer's last ranks; special tokens follow.
+CODES = range(VOCAB_SIZE - len(SPECIAL_TOKENS), VOCAB_SIZE - len(SPECIAL_TOKENS) + NUM_NEEDLES * CODES_PER_KEY)
 _DATA_SEED = 20261125
 _MOST_BYTES = 5 * MAX_LEN  # of a chat that can have as few tokens as MAX_LEN; longer ones are not worth tokenising
 
@@ -28,31 +32,35 @@ class Sizes:
         held_out: real ones to measure on, by bucket.
         train_needles: generated ones to fine-tune on, from 1K to 8K tokens.
         held_out_needles: generated ones to measure on, per length.
-        base_needles: generated ones of at most 512 tokens for the base model.
-        base_real: most of the real ones of at most 512 tokens for the base model: what the others leave.
+        codes: generated ones of a hundred tokens or so, that the base model begins with.
+        base_needles: generated ones of at most 512 tokens, that it goes on with.
+        base_real: most of the real ones of at most 512 tokens beside these: what the others leave.
     """
 
     train: Mapping[int, int]
     held_out: Mapping[int, int]
     train_needles: int
     held_out_needles: int
+    codes: int
     base_needles: int
     base_real: int
 
 
 FULL = Sizes(
-    train={512: 700, 1024: 80, 2048: 32, 4096: 16, 8192: 8},
+    train={512: 600, 1024: 60, 2048: 28, 4096: 12, 8192: 6},
     held_out={512: 64, 1024: 24, 2048: 16, 4096: 12, 8192: 8},
-    train_needles=32,
+    train_needles=24,
     held_out_needles=6,
-    base_needles=3000,
-    base_real=1500,
+    codes=2200,
+    base_needles=1000,
+    base_real=2500,
 )
 SMALL = Sizes(
     train=dict.fromkeys(BUCKETS, 2),
     held_out=dict.fromkeys(BUCKETS, 1),
     train_needles=2,
     held_out_needles=1,
+    codes=8,
     base_needles=8,
     base_real=8,
 )
@@ -67,16 +75,19 @@ class Corpus:
         sizes: how many chats of what.
 
     Attributes:
-        base: short chats for the base model: real ones, whose every token is a target, and needles.
+        codes: chats of needles without filler, whose codes alone are targets, for the base model to begin with.
+        base: short chats for it to go on with: real ones, whose every token is a target, and needles, whose codes are.
         train: chats to fine-tune on.
         held_out: real chats to measure on.
         needles: generated chats to measure on, `RETRIEVAL_LENS` after each other.
     """
 
     def __init__(self, data: Path, work: Path, sizes: Sizes) -> None:
-        stores = {name: work / "stores" / name for name in ("base", "train", "held_out", "needles")}
+        stores = {name: work / "stores" / name for name in ("codes", "base", "train", "held_out", "needles")}
         rows = {} if all(path.exists() for path in stores.values()) else _make_rows(data, work, sizes)
-        self.base, self.train, self.held_out, self.needles = (_open(path, rows.get(name)) for name, path in stores.items())
+        self.codes, self.base, self.train, self.held_out, self.needles = (
+            _open(path, rows.get(name)) for name, path in stores.items()
+        )
 
 
 def _open(path: Path, rows: list[Row] | None) -> TokenStore:
@@ -104,7 +115,11 @@ def _make_rows(data: Path, work: Path, sizes: Sizes) -> dict[str, list[Row]]:
     lens = np.exp(rng.uniform(np.log(RETRIEVAL_LENS[0]), np.log(MAX_LEN), sizes.train_needles))
     asked = [length for length in RETRIEVAL_LENS for _ in range(sizes.held_out_needles)]
     rows: dict[str, list[Row]] = {
-        "base": [tokenize(tokenizer, _short_chat(makers[0], index)) for index in range(sizes.base_needles)],
+        "codes": [_only_codes(tokenize(tokenizer, makers[0].chat(0, 8 + index % 9))) for index in range(sizes.codes)],
+        "base": [
+            _only_codes(tokenize(tokenizer, makers[0].chat(index % 2 * BUCKETS[0], 8 + index // 2 % 9)))
+            for index in range(sizes.base_needles)
+        ],
         "train": [tokenize(tokenizer, makers[1].chat(int(length), NUM_NEEDLES)) for length in lens],
         "held_out": [],
         "needles": [tokenize(tokenizer, makers[2].chat(length, NUM_NEEDLES)) for length in asked],
@@ -132,6 +147,6 @@ def _by_bucket(tokenizer: Llama3Tokenizer, data: Path, rng: np.random.Generator)
     return buckets
 
 
-def _short_chat(maker: NeedleChats, index: int) -> Messages:
-    """Make a chat of at most 512 tokens for the base model: three without filler, one with it, by turns."""
-    return maker.chat(BUCKETS[0] if index % 4 == 3 else 0, 8 + index % 9)
+def _only_codes(row: Row) -> Row:
+    """Make codes the only targets: among all the others they would be learned many times later."""
+    return row | {"labels": [label if label in CODES else IGNORE_INDEX for label in row["labels"]]}

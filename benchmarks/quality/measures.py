@@ -5,15 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from quality.corpus import BUCKETS, MAX_LEN, RETRIEVAL_LENS, Corpus
-from quality.needles import CODES_PER_KEY, NUM_NEEDLES
+from quality.corpus import BUCKETS, CODES, MAX_LEN, RETRIEVAL_LENS, Corpus
 from quality.training import Learner, on_one_rank
 
 from hbp_tune.components import HierarchicalPackedDataset, PackingGroup, TokenStore, plan_baseline
-from hbp_tune.demo.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
-
-# Codes are the last ranks of the tokenizer, before the special tokens.
-FIRST_CODE = VOCAB_SIZE - len(SPECIAL_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,4 +60,4 @@ def _code_hits(store: TokenStore, sample_id: int, is_hit: NDArray[np.bool_]) -> 
     """Take the codes out of a chat's targets."""
     tokens, is_target = store.read(np.array([sample_id], dtype=np.int32), store.lengths[[sample_id]])
     targets = tokens[1:][is_target[1:]]  # nothing comes before the first token
-    return is_hit[(targets >= FIRST_CODE) & (targets < FIRST_CODE + NUM_NEEDLES * CODES_PER_KEY)]
+    return is_hit[np.isin(targets, CODES)]

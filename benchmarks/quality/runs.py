@@ -40,8 +40,7 @@ METHODS = ("isf", "longalign_packing", "longalign_sorted", "hbp_paper", "hbp_cos
 NORMALIZERS = {"sum": SumLoss, "sample_mean": SampleMeanLoss, "token_mean": TokenMeanLoss, "ave_token": AveTokenLoss}
 # Steps from the short group alone, as shares of the run: to each other as the 0, 100 and 500 steps of the paper.
 CURRICULA = {"none": 0.0, "short": 0.04, "longer": 0.2}
-BASE_LR, PEAK_LR = 2e-3, 5e-4
-BASE_PACK = PackingGroup(name="base", pack_len=2048)
+BASE_LR, PEAK_LR = 1e-3, 5e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +98,12 @@ def base_weights(corpus: Corpus, path: Path) -> dict[str, Tensor]:
     """Train the base model, which every run starts from, or read the one at ``path``."""
     if not path.exists():
         learner = Learner()
-        plan = plan_baseline("isf", corpus.base.lengths, BASE_PACK, world_size=1, seed=0)
-        weights = AveTokenLoss().document_weights(plan, corpus.base.num_targets_within(BASE_PACK.pack_len))
-        steps = learner.train(corpus.base, plan, weights, peak_lr=BASE_LR)
-        for step in (bar := tqdm(steps, total=plan.num_steps, desc="base")):
-            bar.set_postfix(loss=f"{step.loss:.3f}")
+        for store, pack_len in ((corpus.codes, 1024), (corpus.base, 2048)):
+            plan = plan_baseline("isf", store.lengths, PackingGroup(name="base", pack_len=pack_len), world_size=1, seed=0)
+            weights = AveTokenLoss().document_weights(plan, store.num_targets_within(pack_len))
+            steps = learner.train(store, plan, weights, peak_lr=BASE_LR)
+            for step in (bar := tqdm(steps, total=plan.num_steps, desc="base")):
+                bar.set_postfix(loss=f"{step.loss:.3f}")
         torch.save(learner.weights(), path)
     weights: dict[str, Tensor] = torch.load(path, weights_only=True)
     return weights
@@ -156,8 +156,14 @@ def train_run(run: Run, corpus: Corpus, base: dict[str, Tensor]) -> dict[str, An
     learner = Learner(base)
     steps = learner.train(corpus.train, plan, weights, peak_lr=PEAK_LR)
     kept = [asdict(step) for step in tqdm(steps, total=plan.num_steps, desc=" ".join(map(str, asdict(run).values())))]
+    measures = asdict(measure(learner, corpus))
     return {
         "plan": plan.hash[:12],
-        "steps": {name: [step[name] for step in kept] for name in kept[0]},
-        "measures": asdict(measure(learner, corpus)),
+        "steps": {name: [_short(step[name]) for step in kept] for name in kept[0]},
+        "measures": {name: {length: _short(value) for length, value in of.items()} for name, of in measures.items()},
     }
+
+
+def _short(value: Any) -> Any:
+    """Cut a number to five digits, so that files of results stay small."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
