@@ -160,6 +160,9 @@ def test_a_curve_by_hand() -> None:
     picture = draw([Panel(title="a < b", y_label="y", curves={"one": np.array([[0.0, 10.0], [10.0, 10.0]])})])
     assert "a &lt; b" in picture
     assert '<polyline points="0.0,130.0 460.0,0.0"' in picture  # the mean, 5 of 10, in the middle of the height
+    picture = draw([Panel(title="", y_label="", curves={"one": np.array([[1.0, 10.0, 100.0]])}, is_log=True)])
+    assert '<polyline points="0.0,260.0 230.0,130.0 460.0,0.0"' in picture
+    assert ">10</text>" in picture
 
 
 def write_chats(folder: Path) -> None:

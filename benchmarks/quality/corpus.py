@@ -9,8 +9,9 @@ from quality.needles import CODES_PER_KEY, NUM_NEEDLES, NeedleChats, make_codes
 from quality.text import Messages, Row, open_tokenizer, read_chats, sentences, tokenize, train_tokenizer
 from torchtune.models.llama3 import Llama3Tokenizer
 
-from hbp_tune.components import TokenStore, open_token_store
+from hbp_tune.components import Builder, TokenStore, open_token_store
 from hbp_tune.components.data.batch import IGNORE_INDEX
+from hbp_tune.components.data.shards import cut_shards
 from hbp_tune.demo.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
 
 MAX_LEN = 8192
@@ -19,6 +20,7 @@ BUCKETS = (512, 1024, 2048, 4096, 8192)
 RETRIEVAL_LENS = (1024, 2048, 4096, 8192)
 # Codes are the tokenizer's last ranks; special tokens follow.
 CODES = range(VOCAB_SIZE - len(SPECIAL_TOKENS), VOCAB_SIZE - len(SPECIAL_TOKENS) + NUM_NEEDLES * CODES_PER_KEY)
+_NUM_ROWS = "num_rows.txt"  # beside a store that is complete: how many rows it was made of
 _DATA_SEED = 20261125
 _MOST_BYTES = 5 * MAX_LEN  # of a chat that can have as few tokens as MAX_LEN; longer ones are not worth tokenising
 
@@ -84,14 +86,17 @@ class Corpus:
 
     def __init__(self, data: Path, work: Path, sizes: Sizes) -> None:
         stores = {name: work / "stores" / name for name in ("codes", "base", "train", "held_out", "needles")}
-        rows = {} if all(path.exists() for path in stores.values()) else _make_rows(data, work, sizes)
+        rows = {} if all((path / _NUM_ROWS).exists() for path in stores.values()) else _make_rows(data, work, sizes)
         self.codes, self.base, self.train, self.held_out, self.needles = (
             _open(path, rows.get(name)) for name, path in stores.items()
         )
 
 
 def _open(path: Path, rows: list[Row] | None) -> TokenStore:
-    return TokenStore(path) if rows is None else open_token_store([rows], path, is_builder=True, num_processes=1)
+    if rows is not None:
+        open_token_store([rows], path, Builder(num_processes=1, show_progress=False))
+        (path / _NUM_ROWS).write_text(str(len(rows)))
+    return TokenStore(cut_shards(int((path / _NUM_ROWS).read_text()), path))
 
 
 def _make_rows(data: Path, work: Path, sizes: Sizes) -> dict[str, list[Row]]:

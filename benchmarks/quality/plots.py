@@ -21,11 +21,13 @@ class Panel:
         title: stands above it.
         y_label: what is drawn, under the title.
         curves: by name, ``float64[seeds, steps]`` each; the mean is drawn as a line over a band from least to most.
+        is_log: draw logarithms, whose means are geometric; the values must be above 0.
     """
 
     title: str
     y_label: str
     curves: Mapping[str, NDArray[np.float64]]
+    is_log: bool = False
 
 
 def draw(panels: Sequence[Panel]) -> str:
@@ -46,9 +48,11 @@ def draw(panels: Sequence[Panel]) -> str:
 
 
 def _panel(panel: Panel) -> str:
-    every = np.concatenate([values.ravel() for values in panel.curves.values()])
-    x = linear_axis(1, max(values.shape[1] for values in panel.curves.values()), "step", whole=True)
-    y = linear_axis(float(every.min()), float(every.max()), panel.y_label)
+    curves = [np.log10(values) if panel.is_log else values for values in panel.curves.values()]
+    every = np.concatenate([values.ravel() for values in curves])
+    x = linear_axis(1, max(values.shape[1] for values in curves), "step", whole=True)
+    text = (lambda power: f"{10**power:.2g}") if panel.is_log else None
+    y = linear_axis(float(every.min()), float(every.max()), panel.y_label, text=text)
     marks = [f'<text y="-24" fill="{INK}" font-weight="bold">{html.escape(panel.title)}</text>']
     marks.append(f'<text y="-8" fill="{MUTED}">{html.escape(panel.y_label)}</text>')
     for value, text in y.ticks:
@@ -59,7 +63,7 @@ def _panel(panel: Panel) -> str:
         at = WIDTH * float(x.place(value)) / 1000
         marks.append(f'<text x="{at:.1f}" y="{HEIGHT + 16}" text-anchor="middle" fill="{MUTED}">{html.escape(text)}</text>')
     marks.append(f'<text x="{WIDTH}" y="{HEIGHT + 32}" text-anchor="end" fill="{MUTED}">optimizer step</text>')
-    for values, colour in zip(panel.curves.values(), COLOURS, strict=False):
+    for values, colour in zip(curves, COLOURS, strict=False):
         steps = WIDTH * x.place(np.arange(1, values.shape[1] + 1)) / 1000
         low, mean, high = (HEIGHT * (1 - y.place(line) / 1000) for line in (values.min(0), values.mean(0), values.max(0)))
         band = [*zip(steps, low, strict=True), *zip(steps[::-1], high[::-1], strict=True)]

@@ -103,7 +103,8 @@ def _curves(settings: Mapping[str, Sequence[dict[str, Any]]]) -> str:
             ),
             Panel(
                 title="Gradient norm",
-                y_label="over the run's median",
+                y_label="over the run's median, logarithmic",
+                is_log=True,
                 curves={name: values / np.median(values, axis=1, keepdims=True) for name, values in norms.items()},
             ),
         ]
