@@ -73,7 +73,7 @@ def test_what_was_drawn_twice_is_counted_twice_and_listed_once(tmp_path: Path) -
     line = report_overlong(plan, lengths, tmp_path, unknown_places)
     assert line is not None
     assert line.startswith("1 of 3 samples are longer than pack_len=256")
-    assert (tmp_path / "overlong.csv").read_text().split() == ["sample_id,dataset,row,num_tokens", "1,0,1,300"]
+    assert (tmp_path / "overlong.csv").read_text().split() == ["sample_id,dataset,file,row,line,num_tokens", "1,some,,1,,300"]
 
 
 def test_nothing_overlong_nothing_said(tmp_path: Path) -> None:
