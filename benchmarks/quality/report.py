@@ -41,18 +41,17 @@ def methods_table(finished: Finished) -> str:
 def verdicts_table(finished: Finished, baseline: str = "isf") -> str:
     """Compare every method with one of them, as Markdown: differences of means, and their size in standard errors.
 
-    Standard errors are those of the seeds of both. Differences of `NOISE` and more are set in bold where the method is better,
-    and in italics where it is worse.
+    Three seeds tell a method's own spread badly, so that all methods' is pooled. Differences of `NOISE` standard errors and more
+    are set in bold where the method is better, and in italics where it is worse.
     """
-    reference = _measures(finished.get(default_run(baseline), []))
+    measures = {method: _measures(runs) for method in METHODS if len(runs := finished.get(default_run(method), [])) > 1}
+    degrees = sum(len(of) - 1 for of in measures.values())
+    pooled = sum(of.var(0) * len(of) for of in measures.values()) / degrees if degrees else np.zeros(len(_NAMES))
     rows = []
-    for method in METHODS:
-        mine = _measures(finished.get(default_run(method), []))
-        if method == baseline or min(len(mine), len(reference)) < 2:
-            continue
-        difference = mine.mean(0) - reference.mean(0)
-        errors = np.sqrt(mine.var(0, ddof=1) / len(mine) + reference.var(0, ddof=1) / len(reference))
-        rows.append([method, *map(_verdict, _NAMES, difference, errors)])
+    for method in [name for name in measures if name != baseline and baseline in measures]:
+        mine, reference = measures[method], measures[baseline]
+        errors = np.sqrt(pooled * (1 / len(mine) + 1 / len(reference)))
+        rows.append([method, *map(_verdict, _NAMES, mine.mean(0) - reference.mean(0), errors)])
     return _table([f"less {baseline}", *_NAMES], rows)
 
 
