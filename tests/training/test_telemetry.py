@@ -141,7 +141,7 @@ def test_a_rank_that_waits_in_gloo_is_not_busy(ranks: Callable[[int], RankPool])
     (computing_s, _), (waiting_s, wall_s) = ranks(2).run(uneven_job)
     assert computing_s >= 0.5
     assert wall_s >= 0.45
-    assert waiting_s < 0.05
+    assert waiting_s < 0.25  # of half a second: some hundredths, more on a busy machine
 
 
 def test_the_clock_of_a_cpu() -> None:
