@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hbp_tune.components import BalancePlanner, CostModel, PackingGroup, TokenStore, open_token_store, plan_validation
-from hbp_tune.components.planning.errors import PackingError
+from hbp_tune.components.planning.errors import DataError, PackingError
 from hbp_tune.components.training.validation import bucket_bounds, describe_validation
 from tests.helpers import RandomTokens
 
@@ -27,6 +27,20 @@ def store_of(directory: Path, lengths: list[int]) -> TokenStore:
 )
 def test_buckets_double_until_they_hold_the_longest_pack(longest: int, bounds: list[int]) -> None:
     assert bucket_bounds(longest).tolist() == bounds
+
+
+def test_a_step_without_target_is_fine(tmp_path: Path) -> None:
+    store = store_of(tmp_path, [250, 1000, 1000])  # a third of each sample is masked: cut to 256 tokens, two have no target
+    planner = BalancePlanner(overlong="truncate")
+    with pytest.raises(PackingError, match="has no target"):
+        planner.plan(store.lengths, store.num_targets_within(256), GROUPS, world_size=2, seed=0)
+    plan = plan_validation(planner, store, GROUPS, world_size=2, cost=CostModel())
+    assert sorted(plan.sample_ids.tolist()) == [0, 1, 2]
+
+
+def test_no_target_at_all_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="dataset_val has no target: no sample has an assistant turn that counts"):
+        plan_validation(BalancePlanner(), store_of(tmp_path, [1000, 900]), GROUPS, world_size=2, cost=CostModel())
 
 
 def test_errors_of_the_planner_say_which_data_they_are_about(tmp_path: Path) -> None:
