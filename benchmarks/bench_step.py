@@ -30,7 +30,6 @@ from measuring import (
     matmul_flops_per_s,
     mixed_doc_lens,
     pack_batch,
-    peak_flops_per_s,
     random_decoder,
     step_flops,
     timed,
@@ -57,6 +56,7 @@ from hbp_tune.components import (
     separate_units,
 )
 from hbp_tune.components.planning.memory import BF16_ADAMW, DecoderShape
+from hbp_tune.components.training.hardware import dense_bf16_peak
 
 # Of the GPU's memory: weights, gradients and optimizer states of the layers that are taken.
 STATES_SHARE = 0.6
@@ -188,7 +188,7 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, case in cases.items():
             rounds[name].append(measure(case, shape, doc_lens, on, steps=arguments.steps))
-    matmul, peak = matmul_flops_per_s(on), peak_flops_per_s(machine()["device"])
+    matmul, peak = matmul_flops_per_s(on), dense_bf16_peak(machine()["device"])
     for name, case in cases.items():
         seconds = statistics.median(line[0] for line in rounds[name])
         flops_per_s = step_flops(shape, doc_lens) / seconds

@@ -22,8 +22,6 @@ from hbp_tune.components.data.batch import IGNORE_INDEX, Spans
 from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER, DecoderShape
 from hbp_tune.components.planning.sharding import share_of_rank
 
-# Vendors' dense bf16 peaks in TFLOP/s, the first name that the device's contains.
-PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}
 TINY_DECODER = DecoderShape(
     num_layers=2, embed_dim=256, num_heads=8, num_kv_heads=2, head_dim=32, intermediate_dim=896, vocab_size=4096
 )
@@ -50,11 +48,6 @@ def machine() -> dict[str, str]:
         return {"device": f"{CPU_NAME} {platform.machine()}, {torch.get_num_threads()} threads", **versions}
     gpu = {"device": torch.cuda.get_device_name(), "gib": f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.1f}"}
     return {**gpu, **versions, "cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
-
-
-def peak_flops_per_s(name: str) -> float | None:
-    """Give the vendor's dense bf16 peak; None for a device that is not in the table."""
-    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
 
 
 def matmul_flops_per_s(on: torch.device, repeats: int = 20) -> float:

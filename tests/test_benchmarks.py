@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.measuring import attention_flops, mixed_doc_lens, peak_flops_per_s, step_flops
+from benchmarks.measuring import attention_flops, mixed_doc_lens, step_flops
 from hbp_tune.components import CostModel
 from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER
+from hbp_tune.components.training.hardware import dense_bf16_peak
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,9 +41,9 @@ def test_flops_by_hand() -> None:
 
 
 def test_peaks_by_device_name() -> None:
-    assert peak_flops_per_s("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops_per_s("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops_per_s("NVIDIA GeForce RTX 4090") is None
+    assert dense_bf16_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert dense_bf16_peak("NVIDIA H100 PCIe") == 756e12
+    assert dense_bf16_peak("NVIDIA GeForce RTX 4090") is None
 
 
 def test_mixed_lengths_fill_a_pack(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ from hbp_tune.components.reporting.advice import plan_warnings as plan_warnings
 from hbp_tune.components.reporting.bad_rows import report_bad_rows as report_bad_rows
 from hbp_tune.components.reporting.overlong import report_overlong as report_overlong
 from hbp_tune.components.reporting.page import render_page as render_page
+from hbp_tune.components.reporting.places import Places as Places
 from hbp_tune.components.reporting.places import RowPlace as RowPlace
 from hbp_tune.components.reporting.plan_files import read_plan as read_plan
 from hbp_tune.components.reporting.plan_files import write_plan as write_plan

@@ -276,8 +276,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
         timeout_s = cfg.get("token_store_timeout_s") or 1800
         data, store = together(work, name=f"token store of {key}", timeout_s=timeout_s, timeout_key="token_store_timeout_s")
-        for line in data.describe():
-            utils.log_rank_zero(log, line)
+        for line in data.describe() if self._is_rank_zero else ():
+            log.info(line)
         return data, store
 
     def _setup_validation(self, cfg: DictConfig) -> Validator:

@@ -12,7 +12,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from hbp_tune.components import (
     ConfigError,
     CostModel,
     EpochPlan,
+    Places,
     PlanMetrics,
     PlanReport,
     RowPlace,
@@ -149,7 +150,7 @@ class HBPPlanRecipe:
             ConfigError: it is neither, or a file's number of samples is given.
         """
         self._classes: NDArray[np.int16] | None
-        self._places: Callable[[NDArray[np.int32]], Sequence[RowPlace]]
+        self._places: Places
         self._draw: Callable[[int], NDArray[np.int32]]
         self._warnings: list[str]
         if name.lower().endswith(LENGTH_SUFFIXES) or os.path.sep in name or os.path.exists(name):

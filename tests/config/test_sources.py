@@ -73,12 +73,12 @@ def test_labels_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         {"_component_": "d", "source": "x/y", "label": "rows_2"},
         {"_component_": "some.module.rows"},
     ]
-    assert data_settings(nodes, {}).labels == ("chat", "chat_2", "rows", "rows_2", "rows_3")
+    assert tuple(one.label for one in data_settings(nodes, {}).datasets) == ("chat", "chat_2", "rows", "rows_2", "rows_3")
 
 
 def test_one_data_set_needs_no_list() -> None:
     settings = data_settings({"_component_": "d", "source": "x/y", "weight": 0.5}, {"_component_": "t"})
-    assert settings.weights == (0.5,)
+    assert tuple(one.weight for one in settings.datasets) == (0.5,)
     assert (settings.tokenizer, settings.tokenizer_files) == ({"_component_": "t"}, ())
 
 

@@ -25,7 +25,7 @@ class DatasetSettings:
         key: where it stands there, for errors.
         node: with ``_component_`` and that component's arguments alone.
         label: its name in figures and lists; no two are the same.
-        weight: how often its samples are drawn, against those of the others.
+        weight: how often an epoch draws each of its samples, see `draw_samples`.
         files: its local data files, in the order of its rows.
     """
 
@@ -49,16 +49,6 @@ class DataSettings:
     datasets: tuple[DatasetSettings, ...]
     tokenizer: Any
     tokenizer_files: tuple[Path, ...]
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """The data sets' weights."""
-        return tuple(dataset.weight for dataset in self.datasets)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The data sets' labels."""
-        return tuple(dataset.label for dataset in self.datasets)
 
 
 def data_settings(dataset: Any, tokenizer: Any, key: str = "dataset") -> DataSettings:

@@ -75,11 +75,13 @@ class HierarchicalPackedDataset(Dataset[PackBatch]):
         positions = np.zeros(slots, dtype=np.int64)
         positions[:num_tokens] = np.arange(num_tokens) - np.repeat(ends - doc_lens, doc_lens)
 
-        classes = np.zeros(slots, dtype=np.int64)
-        if self._document_classes is not None:
-            classes[:num_tokens] = np.repeat(self._document_classes[span], pack.lengths)
         degrees = self._layout(pack.group.cp_degree, doc_lens, slots)
         part, rows = share_of_rank(doc_lens, slots, degrees, pack.cp_rank)
+        classes = None
+        if self._document_classes is not None:
+            row_classes = np.zeros(slots, dtype=np.int64)
+            row_classes[:num_tokens] = np.repeat(self._document_classes[span], pack.lengths)
+            classes = torch.from_numpy(row_classes[rows])[None]
         return PackBatch(
             tokens=torch.from_numpy(padded[rows])[None],
             labels=torch.from_numpy(labels[rows])[None],
@@ -91,7 +93,7 @@ class HierarchicalPackedDataset(Dataset[PackBatch]):
             num_tokens=num_tokens,
             step=pack.step,
             is_last_micro_step=pack.is_last_micro_step,
-            classes=None if self._document_classes is None else torch.from_numpy(classes[rows])[None],
+            classes=classes,
         )
 
 

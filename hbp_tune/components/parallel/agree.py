@@ -37,6 +37,13 @@ def from_rank_zero(make: Callable[[], T]) -> T:
     return value
 
 
+def from_all_ranks(value: T, pg: dist.ProcessGroup | None = None) -> list[T]:
+    """Give every rank's value, by rank; collective over the process group, the default one where left out."""
+    values: list[Any] = [None] * dist.get_world_size(pg)
+    dist.all_gather_object(values, value, group=pg)
+    return values
+
+
 def together(work: Callable[["Watch"], T], *, name: str, timeout_s: float, timeout_key: str = "timeout_s") -> T:
     """Let every rank work at its own pace, then wait until all have done so; an error of one is soon raised on all.
 

@@ -141,7 +141,7 @@ def measure_steps(plan: EpochPlan, cost: CostModel) -> StepMetrics:
     step_of_micro_step = plan.pack_step[micro_steps]
 
     def over_packs(values: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.add.reduceat(values, np.flatnonzero(np.diff(plan.pack_step, prepend=-1)))
+        return np.add.reduceat(values, plan.step_starts)
 
     def over_micro_steps(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.bincount(step_of_micro_step, weights=values).astype(np.float64)

@@ -241,14 +241,19 @@ class EpochPlan:
         return np.flatnonzero(self.pack_first_rank == 0)
 
     @property
+    def step_starts(self) -> NDArray[np.int64]:
+        """Index of each optimizer step's first pack, ``int64[num_steps]``."""
+        return np.flatnonzero(np.diff(self.pack_step, prepend=-1))
+
+    @property
     def step_groups(self) -> NDArray[np.int16]:
         """Group of each optimizer step, ``int16[num_steps]``; a step draws from one group."""
-        return self.pack_group[np.flatnonzero(np.diff(self.pack_step, prepend=-1))]
+        return self.pack_group[self.step_starts]
 
     @property
     def step_tokens(self) -> NDArray[np.int64]:
         """Real tokens of each optimizer step over all ranks, ``int64[num_steps]``."""
-        return np.add.reduceat(self.sum_per_pack(self.lengths), np.flatnonzero(np.diff(self.pack_step, prepend=-1)))
+        return np.add.reduceat(self.sum_per_pack(self.lengths), self.step_starts)
 
     @property
     def hash(self) -> str:

@@ -1,7 +1,6 @@
 """Samples longer than every group: counted, listed by row, never dropped silently."""
 
 import csv
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,10 @@ from numpy.typing import NDArray
 
 from hbp_tune.components.planning.groups import describe_overlong
 from hbp_tune.components.planning.records import EpochPlan
-from hbp_tune.components.reporting.places import COLUMNS, RowPlace
+from hbp_tune.components.reporting.places import COLUMNS, Places
 
 
-def report_overlong(
-    plan: EpochPlan, lengths: NDArray[np.int32], directory: Path, places: Callable[[NDArray[np.int32]], Sequence[RowPlace]]
-) -> str | None:
+def report_overlong(plan: EpochPlan, lengths: NDArray[np.int32], directory: Path, places: Places) -> str | None:
     """Write the samples that were dropped or truncated to ``directory/overlong.csv``.
 
     Args:

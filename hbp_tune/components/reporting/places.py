@@ -1,6 +1,10 @@
 """Where a row comes from, for lists that people read."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 COLUMNS = ("dataset", "file", "row", "line")
 
@@ -30,3 +34,7 @@ class RowPlace:
     def cells(self) -> tuple[str, str, int, int | str]:
         """What stands under `COLUMNS`."""
         return self.dataset, self.file, self.row, "" if self.line is None else self.line
+
+
+# Gives the rows that samples come from, in the order of ``int32[...]`` ids.
+Places = Callable[[NDArray[np.int32]], Sequence[RowPlace]]

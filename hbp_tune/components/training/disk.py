@@ -3,13 +3,14 @@
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from hbp_tune.components.parallel.agree import from_all_ranks
 from hbp_tune.components.planning.errors import SaveError
 
 T = TypeVar("T")
@@ -39,14 +40,7 @@ def first_disk_problem(work: Callable[[], object], pg: dist.ProcessGroup) -> str
     except BaseException as error:  # `CheckpointException` is no `Exception`
         if (problem := disk_problem(error)) is None:
             raise
-    return next((each for each in gather(problem, pg) if each), None)
-
-
-def gather(value: T, pg: dist.ProcessGroup | None = None) -> list[T]:
-    """Give every rank's value, by rank. Collective."""
-    values: list[Any] = [None] * dist.get_world_size(pg)
-    dist.all_gather_object(values, value, group=pg)
-    return values
+    return next((each for each in from_all_ranks(problem, pg) if each), None)
 
 
 def export_weights(export: Callable[[], None], directory: Path, needed: int) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hbp_tune.components.data.batch import PackBatch
+from hbp_tune.components.parallel.agree import from_all_ranks
 from hbp_tune.components.planning.errors import NonFiniteError, OutOfMemoryError
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup
-from hbp_tune.components.reporting.places import RowPlace
-from hbp_tune.components.training.disk import gather
+from hbp_tune.components.reporting.places import Places
 
 _NAMED_SAMPLES = 20
-# Gives the rows that samples come from, ``int32[...]`` ids.
-Places = Callable[[NDArray[np.int32]], Sequence[RowPlace]]
 
 
 class StepGuard:
@@ -71,7 +69,7 @@ class StepGuard:
             )
         indices = plan.indices_for_rank(dist.get_rank(), first_step=epoch_step, last_step=epoch_step + 1)
         mine = [int(index) for index, loss in zip(indices, self._losses, strict=True) if not math.isfinite(loss.item())]
-        packs = sorted({index for indices_of_rank in gather(mine) for index in indices_of_rank})
+        packs = sorted({index for indices_of_rank in from_all_ranks(mine) for index in indices_of_rank})
         what = f"{len(packs)} packs with a loss that is not finite" if packs else "the step (each pack's loss is finite)"
         packs = packs or np.flatnonzero(plan.pack_step == epoch_step).tolist()
         offsets = plan.pack_offsets
@@ -86,8 +84,8 @@ class StepGuard:
 
 def _describe_samples(sample_ids: NDArray[np.int32], places: Places) -> str:
     """Name samples by id and place."""
-    named = np.unique(sample_ids)[:_NAMED_SAMPLES]
-    more = len(np.unique(sample_ids)) - len(named)
+    different = np.unique(sample_ids)
+    named, more = different[:_NAMED_SAMPLES], max(0, len(different) - _NAMED_SAMPLES)
     listed = ", ".join(f"{sample_id} ({place})" for sample_id, place in zip(named.tolist(), places(named), strict=True))
     return listed + (f" and {more} more" if more else "")
 

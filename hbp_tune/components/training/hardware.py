@@ -35,8 +35,12 @@ def peak_flops_per_s(device: torch.device, compute_dtype: torch.dtype) -> float 
     """
     if device.type != "cuda" or compute_dtype != torch.bfloat16:
         return None
-    found = torch.cuda.get_device_name(device)  # such as NVIDIA H100 80GB HBM3
-    return next((peak for name, peak in _PEAK_FLOPS_PER_S.items() if re.search(rf"\b{name}\b", found)), None)
+    return dense_bf16_peak(torch.cuda.get_device_name(device))
+
+
+def dense_bf16_peak(device_name: str) -> float | None:
+    """Give the operations per second of a device by its name, such as ``NVIDIA H100 80GB HBM3``; None where it is not known."""
+    return next((peak for name, peak in _PEAK_FLOPS_PER_S.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def host_memory_gib() -> float:

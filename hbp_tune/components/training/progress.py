@@ -20,9 +20,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from hbp_tune.components.parallel.agree import from_all_ranks
 from hbp_tune.components.planning.errors import ResumeError, SaveError
 from hbp_tune.components.planning.records import PackingGroup
-from hbp_tune.components.training.disk import describe_room, first_disk_problem, gather, num_bytes
+from hbp_tune.components.training.disk import describe_room, first_disk_problem, num_bytes
 from hbp_tune.components.training.progress_folder import RECORD, ProgressFolder
 
 T = TypeVar("T")
@@ -197,7 +198,7 @@ class ProgressSaver:
         else:
             self._log(f"Progress saved in {self._folder.directory / f'step_{step}'}")
             return None
-        needed = gather(num_bytes(weights), self._pg)
+        needed = from_all_ranks(num_bytes(weights), self._pg)
         if is_rank_zero:
             self._folder.discard_unfinished()
         newest = self.newest()
@@ -205,7 +206,7 @@ class ProgressSaver:
             f"progress of step {step} could not be saved: {reason} ({describe_room(self._folder.directory, sum(needed))}); "
             f"the newest progress is {newest.name if newest else 'none'}"
         )
-        problem = gather(problem, self._pg)[0]  # free room changes from one look to the next: one rank speaks for all
+        problem = from_all_ranks(problem, self._pg)[0]  # free room changes from one look to the next: one rank speaks for all
         self._log(problem)
         return problem
 
