@@ -119,7 +119,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     def __init__(self, cfg: DictConfig) -> None:
         check_config(cfg)
-        data_keys = [key for key in ("dataset", "dataset_val") if cfg.get(key)]
+        data_keys = [key for key in ("dataset", "dataset_val") if setting(cfg, key)]
         self._data_settings = {key: data_settings(cfg[key], cfg.tokenizer, key) for key in data_keys}
         self._bad_rows = cfg.get("bad_rows") or "error"
         self._device = utils.get_device(device=cfg.device)
@@ -181,7 +181,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self._num_workers = cfg.get("num_workers") or 0
         self._data, self._store = self._setup_data(cfg, "dataset")
         self._num_targets = self._store.num_targets_within(self._groups[-1].pack_len)
-        self._validator = self._setup_validation(cfg) if cfg.get("dataset_val") else None
+        self._validator = self._setup_validation(cfg) if "dataset_val" in self._data_settings else None
         self._progress = ProgressSaver(
             progress,
             RunIdentity(world_size=self.world_size, groups=self._groups, store_fingerprint=self._store.fingerprint),

@@ -100,6 +100,13 @@ def test_training_is_the_same_with_and_without_validation(
         assert all(torch.equal(x, y) for x, y in zip(weights, plain_weights, strict=True))
 
 
+def test_null_on_the_command_line_turns_validation_off(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    # torchtune takes dataset_val=null for dataset_val._component_=null where the file has a component.
+    cfg = make_config(tmp_path, 2, max_steps=1, dataset_val={**HELD_OUT[0], "_component_": None})
+    steps = ranks(2).run(train_job, cfg)[0][0]
+    assert [step["step"] for step in steps] == [1]
+
+
 def test_the_end_of_the_run_is_validated_by_default(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
     cfg = make_config(tmp_path, 2, max_steps=3, dataset_val=HELD_OUT[0])
     steps = ranks(2).run(train_job, cfg)[0][0]

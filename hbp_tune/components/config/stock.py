@@ -141,7 +141,7 @@ def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> 
             "optimizer.bf16_stochastic_round=True does not work on sharded weights in torchao before 0.16; remove it, and set "
             "dtype: fp32 with compute_dtype: bf16 so that no small update is lost"
         )
-    if cfg.get("run_val_every_n_steps") and not cfg.get("dataset_val"):
+    if cfg.get("run_val_every_n_steps") and not setting(cfg, "dataset_val"):
         raise ConfigError(
             f"run_val_every_n_steps={cfg['run_val_every_n_steps']} needs held-out data: set dataset_val, or "
             f"run_val_every_n_steps=null"
