@@ -92,7 +92,7 @@ def train(case: str, entered_s: float, import_s: float) -> None:
             super()._log(*args, **kwargs)
             self.step_ends.append(time.perf_counter())
 
-    for name in ("_setup_decoder", "_setup_store", "_setup_plan", "_load_weights"):
+    for name in ("_setup_decoder", "_setup_data", "_setup_plan", "_load_weights"):
         setattr(Measured, name, _timed(name, getattr(HBPFullFinetuneRecipeDistributed, name)))
 
     peak = [0.0]
@@ -213,13 +213,14 @@ def measure(num_rows: int, directory: Path) -> None:
         *(f"dataset.{key}={value}" for key, value in node.items()),
         *(f"{key}={value}" for key, value in {"demo_dir": demo, "output_dir": directory / "out"}.items()),
         *(f"token_store_dir={directory / 'stores'}", f"max_steps={STEPS}", "save_every_n_steps=null", "num_workers=1"),
+        *("dataset_val=null", "run_val_every_n_steps=null"),
     ]
     results = {}
     for case in ("cold", "warm"):
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, "--case", case]
         results[case] = run([sys.executable, *command, "--config", str(config), *overrides], env)
     cold = results["cold"][0]
-    limits = [str(cold["peak_anonymous_gib"]), str(cold["setup_store_s"])]
+    limits = [str(cold["peak_anonymous_gib"]), str(cold["setup_data_s"])]
     run([sys.executable, __file__, "--pack", str(data), str(demo), *limits], env)
 
 

@@ -94,5 +94,5 @@ def test_data_at_a_small_scale(tmp_path: Path) -> None:
     lines = json_lines(run("benchmarks/bench_data.py", "--rows", "2000", "--dir", str(tmp_path)))
     assert [line["case"] for line in lines] == ["rows", "cold", "cold", "warm", "warm", "PackedDataset"]
     assert [line["rows"] for line in lines[1:5]] == [2000] * 4
-    assert lines[3]["setup_store_s"] < lines[1]["setup_store_s"]
+    assert lines[3]["setup_data_s"] < lines[1]["setup_data_s"]
     assert all(0 < line["data_wait_ratio"] < 1 for line in lines[1:5])
