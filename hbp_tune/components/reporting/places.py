@@ -1,7 +1,8 @@
 """Where a row comes from, for lists that people read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,5 +37,9 @@ class RowPlace:
         return self.dataset, self.file, self.row, "" if self.line is None else self.line
 
 
-# Gives the rows that samples come from, in the order of ``int32[...]`` ids.
-Places = Callable[[NDArray[np.int32]], Sequence[RowPlace]]
+class Places(Protocol):
+    """Says which rows samples come from."""
+
+    def __call__(self, sample_ids: NDArray[np.int32], /) -> Sequence[RowPlace]:
+        """Give the places of samples, in the order of ``int32[...]`` ids."""
+        ...
