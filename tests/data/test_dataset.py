@@ -1,4 +1,7 @@
+import dataclasses
+import pickle
 from collections.abc import Sequence
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +148,22 @@ def test_every_row_of_a_document_has_its_class(everything: Everything, layout: L
         }
         starts = torch.cat([(batch.classes * (batch.input_pos == 0) * (batch.classes > 0))[0] for batch in batches])
         assert sorted(starts[starts > 0].tolist()) == list(range(first, first + len(pack.lengths)))
+
+
+def test_a_batch_is_the_same_after_its_way_from_a_worker(everything: Everything) -> None:
+    _, store, plan, weights = everything
+    classes = np.arange(len(plan.sample_ids))
+    index = int(np.flatnonzero(plan.cp_degrees == 2)[0])
+    batch = HierarchicalPackedDataset(store, plan, weights, int(plan.pack_first_rank[index]), by_queries, classes)[index]
+    arrived = pickle.loads(ForkingPickler.dumps(batch))
+    for field in dataclasses.fields(batch):
+        left, right = getattr(batch, field.name), getattr(arrived, field.name)
+        if isinstance(left, torch.Tensor):
+            torch.testing.assert_close(right, left, rtol=0, atol=0)
+        elif field.name != "spans":
+            assert left == right, field.name
+    assert torch.equal(batch.spans.key_rows, arrived.spans.key_rows)
+    assert torch.equal(batch.spans.cu_seqlens_k, arrived.spans.cu_seqlens_k)
 
 
 def test_training_batches_have_no_classes(everything: Everything) -> None:

@@ -1,7 +1,8 @@
 """`PackBatch`: one rank's tensors of one pack, what one forward and backward sees."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Spans:
             gathered_len=part.gathered_len,
         )
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Spans":
+    def map(self, change: Callable[[Any], Any]) -> "Spans":
         """Change every tensor."""
         cu_seqlens_q = change(self.cu_seqlens_q)
         return replace(
@@ -100,7 +101,12 @@ class PackBatch:
         """Copy the tensors to page-locked memory; the data loader calls this where there is a CUDA device."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "PackBatch":
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes by value: torch passes each tensor by a file of its own, which costs .3 ms a tensor."""
+        arrays = self._map(Tensor.numpy)
+        return _from_arrays, ({field.name: getattr(arrays, field.name) for field in fields(arrays)},)
+
+    def _map(self, change: Callable[[Any], Any]) -> "PackBatch":
         return replace(
             self,
             tokens=change(self.tokens),
@@ -110,3 +116,7 @@ class PackBatch:
             spans=self.spans.map(change),
             classes=None if self.classes is None else change(self.classes),
         )
+
+
+def _from_arrays(values: dict[str, Any]) -> PackBatch:
+    return PackBatch(**values)._map(torch.from_numpy)
