@@ -163,7 +163,8 @@ def plan_of(cfg: DictConfig, world_size: int, epoch: int = 0) -> tuple[EpochPlan
     """Plan the random tokens of a configuration as its recipe does, in this process."""
     dataset = random_tokens(None, **{k: v for k, v in cfg.dataset.items() if k != "_component_"})
     lengths = np.array(dataset.lengths, dtype=np.int32)
-    num_targets = np.array([sum(label != -100 for label in dataset[i]["labels"][1:]) for i in range(len(dataset))])
+    longest = max(group.pack_len for group in cfg.groups)
+    num_targets = np.array([sum(label != -100 for label in dataset[i]["labels"][1:longest]) for i in range(len(dataset))])
     groups = [PackingGroup(**{k: v for k, v in group.items() if k != "_component_"}) for group in cfg.groups]
     planner = BalancePlanner(**{k: v for k, v in cfg.planner.items() if k != "_component_"})
     with torch.device("meta"):
@@ -197,7 +198,9 @@ def train_reference(
         mine = plan.pack_step == step
         losses: TokenLosses = [[] for _ in range(plan.pack_micro_step[mine].max() + 1)]
         for index in np.flatnonzero(mine & (np.diff(plan.pack_offsets) > 0)):
-            samples = [dataset[int(i)] for i in plan.pack(int(index), int(plan.pack_first_rank[index])).sample_ids]
+            pack = plan.pack(int(index), int(plan.pack_first_rank[index]))
+            placed = [(dataset[int(i)], length) for i, length in zip(pack.sample_ids, pack.lengths, strict=True)]
+            samples = [{key: of[:length] for key, of in sample.items()} for sample, length in placed]
             losses[plan.pack_micro_step[index]].append(_dense_losses(model, samples))
         loss = reduce(losses)
         loss.backward()

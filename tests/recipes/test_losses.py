@@ -15,7 +15,8 @@ GROUPS = {
     2: [{"name": "short", "pack_len": 128}, {"name": "long", "pack_len": 384, "cp_degree": 2}],
     4: [{"name": "short", "pack_len": 128}, {"name": "long", "pack_len": 384, "cp_degree": 4}],
 }
-LENGTHS = mixed_lengths(40, 384, seed=3)
+# The last one's targets all lie behind the cut: a pack of its own, without any target.
+LENGTHS = [*mixed_lengths(40, 384, seed=3), 1200]
 
 
 def token_mean(losses: TokenLosses) -> torch.Tensor:
@@ -36,7 +37,8 @@ def sum_by(world_size: int) -> Callable[[TokenLosses], torch.Tensor]:
 
 
 def longalign(losses: TokenLosses) -> torch.Tensor:
-    return torch.stack([sample_mean([packs]) for packs in losses]).mean()
+    with_targets = [packs for packs in losses if any(len(sample) for samples in packs for sample in samples)]
+    return torch.stack([sample_mean([packs]) for packs in with_targets]).mean()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -53,6 +55,7 @@ def test_every_loss_equals_its_formula_in_one_process(ranks: Callable[[int], Ran
         loss = {"_component_": f"hbp_tune.components.{name}"}
         cfg = recipe_config(tmp_path, LENGTHS, GROUPS[world_size], loss=loss, clip_grad_norm=1.0)
         cfg.planner.tokens_per_step = 768
+        cfg.planner.overlong = "truncate"
         runs[name] = ranks(world_size).run(run_recipe_job, cfg)[0]
         plan, dataset = plan_of(cfg, world_size)
         want = train_reference(cfg, plan, dataset, reduce=formula)
@@ -60,5 +63,6 @@ def test_every_loss_equals_its_formula_in_one_process(ranks: Callable[[int], Ran
         for step, (left, right) in enumerate(zip(runs[name], want, strict=True)):
             for key in ("loss", "grad_norm"):
                 assert left[key] == pytest.approx(right[key], rel=1e-5), f"{key} of {name} at step {step}"
+    assert len(plan.truncated) == 1, "a sample without any target is among them"
     assert plan.pack_micro_step.max() > 0, "the losses differ by accumulation too"
     assert len({tuple(round(step["loss"], 4) for step in steps) for steps in runs.values()}) == 4, "no loss stands in for another"
