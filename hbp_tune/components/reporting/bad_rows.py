@@ -15,7 +15,7 @@ _SHOWN = 3
 
 def kind_of_reason(reason: str) -> str:
     """Give the reason without the row's own numbers, by which rows are counted."""
-    return re.sub(r"\d+", "#", reason)
+    return re.sub(r"(?<!UTF-)\b\d+", "#", reason)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
