@@ -55,8 +55,8 @@ from hbp_tune.components import (
     select_attention,
     separate_units,
 )
+from hbp_tune.components.planning.hardware import gpu_of
 from hbp_tune.components.planning.memory import BF16_ADAMW, DecoderShape
-from hbp_tune.components.training.hardware import dense_bf16_peak
 
 # Of the GPU's memory: weights, gradients and optimizer states of the layers that are taken.
 STATES_SHARE = 0.6
@@ -188,7 +188,7 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, case in cases.items():
             rounds[name].append(measure(case, shape, doc_lens, on, steps=arguments.steps))
-    matmul, peak = matmul_flops_per_s(on), dense_bf16_peak(machine()["device"])
+    matmul, gpu = matmul_flops_per_s(on), gpu_of(machine()["device"])
     for name, case in cases.items():
         seconds = statistics.median(line[0] for line in rounds[name])
         flops_per_s = step_flops(shape, doc_lens) / seconds
@@ -199,7 +199,7 @@ def main() -> None:
             "ac_layers": case.ac_layers,
             "step_s": round(seconds, 4),
             "tokens_per_s": round(sum(doc_lens) / seconds),
-            "mfu": None if peak is None else round(flops_per_s / peak, 4),
+            "mfu": round(flops_per_s / gpu.flops_per_s, 4) if gpu else None,
             "of_matmul": round(flops_per_s / matmul, 4),
             "peak_gib": round(max(line[1] for line in rounds[name]), 2),
             "rounds_s": [round(line[0], 4) for line in rounds[name]],

@@ -191,11 +191,9 @@ def plan(lengths: Lengths, world_size: int, *, groups: Sequence[PackingGroup] = 
 
 def _bound_s(planned: EpochPlan) -> float:
     """Modelled seconds of the same samples with perfect balance, the short group's recomputation and no communication."""
-    cost = COST.sample_cost(planned.lengths).sum()
-    return (
-        float(COST.pack_s(np.array([cost]), np.array([0]), np.array([1]), np.array([GROUPS[0].ac_layers]))[0])
-        / planned.world_size
-    )
+    tokens, squares = (np.array([np.sum(planned.lengths.astype(np.int64) ** power)]) for power in (1, 2))
+    alone = COST.pack_seconds(tokens, squares, np.array([1]), np.array([GROUPS[0].ac_layers]))
+    return float(alone.total[0]) / planned.world_size
 
 
 def _least_step(planned: EpochPlan) -> float:

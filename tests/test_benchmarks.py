@@ -13,7 +13,6 @@ import torch
 from benchmarks.measuring import attention_flops, mixed_doc_lens, step_flops
 from hbp_tune.components import CostModel
 from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER
-from hbp_tune.components.training.hardware import dense_bf16_peak
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,12 +37,6 @@ def test_flops_by_hand() -> None:
     # A step's attention is three times its forward: twice for the backward, nothing for what is run again.
     attention = 3 * 32 * attention_flops(lengths, heads=32, head_dim=128)
     assert shape.square_flops * sum(n * n for n in lengths) == attention
-
-
-def test_peaks_by_device_name() -> None:
-    assert dense_bf16_peak("NVIDIA H100 80GB HBM3") == 989e12
-    assert dense_bf16_peak("NVIDIA H100 PCIe") == 756e12
-    assert dense_bf16_peak("NVIDIA GeForce RTX 4090") is None
 
 
 def test_mixed_lengths_fill_a_pack(tmp_path: Path) -> None:

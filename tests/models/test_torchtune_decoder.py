@@ -90,7 +90,15 @@ def test_separate_units() -> None:
 
 def test_what_decides_the_cost_of_a_model() -> None:
     # Two layers of 16 x (16 + 16 query and output, 8 + 8 key and value, 3 x 32) and two norms each, one norm, one head.
-    by_hand = ModelShape(num_layers=2, linear_params=2 * (16 * 144 + 2 * 16) + 16 + 16 * 32, attention_dim=16)
+    layers_and_norm = 2 * (16 * 144 + 2 * 16) + 16
+    by_hand = ModelShape(
+        num_layers=2,
+        linear_params=layers_and_norm + 16 * 32,
+        attention_dim=16,
+        kv_dim=8,
+        head_params=16 * 32,
+        gathered_params=layers_and_norm + 2 * 16 * 32,
+    )
     untied = llama3_1.llama3_1(**TINY, num_kv_heads=2)
     assert model_shape(untied) == by_hand
     adapt_decoder(untied)
@@ -98,5 +106,10 @@ def test_what_decides_the_cost_of_a_model() -> None:
     with torch.device("meta"):
         assert model_shape(llama3_1.llama3_1_8b()) == LLAMA3_1_8B
         assert model_shape(llama3_2.llama3_2_1b()) == ModelShape(
-            num_layers=16, linear_params=1_235_814_400, attention_dim=2048
+            num_layers=16,
+            linear_params=1_235_814_400,
+            attention_dim=2048,
+            kv_dim=512,
+            head_params=128_256 * 2048,
+            gathered_params=1_235_814_400,
         ), "tied"

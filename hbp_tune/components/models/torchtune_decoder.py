@@ -81,11 +81,15 @@ def model_shape(model: nn.Module) -> ModelShape:
     """
     decoder = cast(Any, model)
     attention = decoder.layers[0].attn
-    linear_params = sum(parameter.numel() for parameter in decoder.parameters())  # a shared one once
-    if not isinstance(decoder.output, TiedLinear):
-        linear_params -= sum(parameter.numel() for parameter in decoder.tok_embeddings.parameters())
+    all_params = sum(parameter.numel() for parameter in decoder.parameters())  # a shared one once
+    embedding = sum(parameter.numel() for parameter in decoder.tok_embeddings.parameters())
     return ModelShape(
-        num_layers=len(decoder.layers), linear_params=linear_params, attention_dim=attention.num_heads * attention.head_dim
+        num_layers=len(decoder.layers),
+        linear_params=all_params if isinstance(decoder.output, TiedLinear) else all_params - embedding,
+        attention_dim=attention.num_heads * attention.head_dim,
+        kv_dim=attention.k_proj.out_features,  # `adapt_decoder` changes num_kv_heads
+        head_params=embedding,  # the output projection has the embedding's shape
+        gathered_params=all_params,
     )
 
 

@@ -6,29 +6,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.components.planning.hardware import H100, Rates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """What decides the floating-point operations of a decoder.
+    """What decides the floating-point operations of a decoder, and what its ranks send to each other.
 
     Args:
         num_layers: transformer layers.
-        linear_params: weights that every token is multiplied by: all but an input embedding that is only looked up.
-        attention_dim: query heads times head dimension of one layer.
+        linear_params: weights that every token is multiplied by: all but an input embedding that is only looked up; of
+            experts, those that one token uses.
+        attention_dim: query heads times head dimension of one layer; where keys and values differ in it, the mean of both.
+        kv_dim: key and value heads times head dimension; as ``attention_dim`` where left out.
+        head_params: of ``linear_params``, those outside the layers: the output projection.
+        gathered_params: weights that FSDP gathers; ``linear_params`` where left out.
 
     Raises:
-        ConfigError: a value is below 1.
+        ConfigError: a value is below 1, or ``head_params`` are not among ``linear_params``.
     """
 
     num_layers: int
     linear_params: int
     attention_dim: int
+    kv_dim: int | None = None
+    head_params: int = 0
+    gathered_params: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("num_layers", "linear_params", "attention_dim"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"model shape: {field}={getattr(self, field)} must be at least 1")
+        for field in ("num_layers", "linear_params", "attention_dim", "kv_dim", "gathered_params"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise ConfigError(f"model shape: {field}={value} must be at least 1")
+        if not 0 <= self.head_params < self.linear_params:
+            raise ConfigError(
+                f"model shape: head_params={self.head_params} must be at least 0 and below linear_params={self.linear_params}"
+            )
 
     @property
     def token_flops(self) -> int:
@@ -40,47 +52,78 @@ class ModelShape:
         """Operations of causal attention per ``len ** 2`` of a document, forward and backward."""
         return 6 * self.num_layers * self.attention_dim
 
+    @property
+    def exchanged_bytes(self) -> int:
+        """Bytes in bf16 that Ulysses sends of each token in one forward of all layers: queries, keys, values and output."""
+        return 2 * self.num_layers * 2 * (self.attention_dim + (self.kv_dim or self.attention_dim))
 
-LLAMA3_1_8B = ModelShape(num_layers=32, linear_params=7_504_924_672, attention_dim=4096)
 
-# What an H100 reaches, fitted to the seven timings with full-length documents in the HBP paper (table of recomputed layers
-# at 32K to 128K and cp 2 to 16; rms 1.2%, largest error 2%): Llama 3.1 8B takes 109.6 us a token and 2.64 ns per len ** 2,
-# recomputing all layers adds 0.3, Ulysses 42 us a token inside a node of 8 and 138 us across nodes.
-_TOKEN_FLOPS_PER_S = 411e12
-_SQUARE_FLOPS_PER_S = 298e12
-_RECOMPUTE_SHARE = 0.3
-_RANKS_PER_NODE = 8
-_EXCHANGE_S = 42e-6 / (32 * 4096)  # per token, layer and attention dimension
-_EXCHANGE_ACROSS_NODES_S = 138e-6 / (32 * 4096)
-# Gathering weights and scattering gradients bounds a micro-step from below: the paper's run without packing, 38.3 GPU days
-# on 32 GPUs for 941K samples on four replicas, took 0.44 s for each.
-_GATHER_S = 0.44 / 7.505e9 * 32 / 31  # per parameter, to and from all other ranks
+LLAMA3_1_8B = ModelShape(
+    num_layers=32,
+    linear_params=7_504_924_672,
+    attention_dim=4096,
+    kv_dim=1024,
+    head_params=525_336_576,
+    gathered_params=8_030_261_248,
+)
+
+# Operations outside attention that take as long as one of attention: what plans weigh by, the same for every machine, so that
+# plans are. Measured rates say .87 (H100, all twelve timings of the HBP paper) to .73 (its seven with full-length documents);
+# underestimating attention by half costs 4% of the time, overestimating it 0.3 to 0.8%, so the larger weight is taken.
+_SQUARE_WEIGHT = 411 / 298
+# A backward of linear layers takes two forwards; flash attention's recomputes the scores too: 5 products to 2.
+_LINEAR_FORWARD, _ATTENTION_FORWARD = 1 / 3, 2 / 7
+# Gathered for the forward and again for the backward, then the gradients scattered, all in bf16.
+_GATHERED_BYTES = 3 * 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PackSeconds:
+    """Modelled seconds of each rank of a pack, by what it does; gathering of weights apart.
+
+    Args:
+        linear: ``float64[packs]``, all but attention, forward and backward.
+        attention: ``float64[packs]``, forward and backward.
+        recompute: ``float64[packs]``, forwards that the backward repeats.
+        exchange: ``float64[packs]``, context parallelism's communication.
+    """
+
+    linear: NDArray[np.float64]
+    attention: NDArray[np.float64]
+    recompute: NDArray[np.float64]
+    exchange: NDArray[np.float64]
+
+    @property
+    def total(self) -> NDArray[np.float64]:
+        """Seconds that a rank is busy, ``float64[packs]``: nothing overlaps."""
+        return self.linear + self.attention + self.recompute + self.exchange
 
 
 class CostModel:
     """Costs of samples and packs for one model shape.
 
     Whole-number costs decide plans, so that these are the same on every machine; seconds only describe them. The seconds
-    are modelled for H100 GPUs from the timings that the HBP paper reports, whatever machine the plan runs on: good for
-    comparing plans, and for a first estimate.
+    are modelled from the machine's rates: those of H100 GPUs in the HBP paper, unless others are given. Good for comparing plans,
+    and for a first estimate.
 
     Args:
         shape: of the model; Llama 3.1 8B by default.
+        rates: of the machine.
 
     Attributes:
         double_len: tokens at which attention costs a document as much as everything else does, ``c1 / c2`` of
-            ``c1 * len + c2 * len ** 2``.
+            ``c1 * len + c2 * len ** 2``, by the weight that is the same for every machine.
     """
 
-    def __init__(self, shape: ModelShape = LLAMA3_1_8B) -> None:
+    def __init__(self, shape: ModelShape = LLAMA3_1_8B, rates: Rates = H100) -> None:
         self.shape = shape
-        self.token_s = shape.token_flops / _TOKEN_FLOPS_PER_S
-        self.square_s = shape.square_flops / _SQUARE_FLOPS_PER_S
-        # Underestimating attention by half costs 4% of the time, overestimating it 0.3 to 0.8%: rounding matters little.
-        self.double_len = max(1, round(self.token_s / self.square_s))
+        self.rates = rates
+        self.token_s = shape.token_flops / rates.token_flops_per_s
+        self.square_s = shape.square_flops / rates.square_flops_per_s
+        self.double_len = max(1, round(shape.token_flops / shape.square_flops / _SQUARE_WEIGHT))
 
     def sample_cost(self, lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Cost of each document, ``len * (len + double_len)``: proportional to its time, linear part and attention."""
+        """Cost of each document, ``len * (len + double_len)``: about proportional to its time, linear part and attention."""
         wide = lengths.astype(np.int64)
         return wide * (wide + self.double_len)
 
@@ -88,33 +131,45 @@ class CostModel:
         """Cost of packs from their ``sum(len)`` and ``sum(len ** 2)``."""
         return tokens * self.double_len + squares
 
-    def pack_s(
+    def pack_seconds(
         self,
-        cost: NDArray[np.int64],
         tokens: NDArray[np.int64],
+        squares: NDArray[np.int64],
         cp_degree: NDArray[np.int64],
         ac_layers: NDArray[np.int64],
         keeps_attention: NDArray[np.bool_] | bool = False,
-    ) -> NDArray[np.float64]:
-        """Modelled seconds that each rank of a pack computes and exchanges, gathering of weights apart.
+    ) -> PackSeconds:
+        """Model what each rank of a pack does, gathering of weights apart.
 
-        The exchange is that of the paper's runs, which recompute most layers: an upper bound where attention is kept, for then
-        it is not repeated.
+        The exchange is that of Ulysses, an upper bound where keys and values are gathered instead. Inputs that are offloaded come
+        and go beside the computation: a layer costs as much as one that recomputes everything.
 
         Args:
-            cost: ``int64[packs]``, from `pack_cost`.
             tokens: ``int64[packs]``, real tokens.
+            squares: ``int64[packs]``, ``sum(len ** 2)``.
             cp_degree: ``int64[packs]``, ranks that share each pack.
             ac_layers: ``int64[packs]``, recomputed layers.
-            keeps_attention: ``bool[packs]``, whether those recompute all but attention (``ac_mode`` selective).
+            keeps_attention: ``bool[packs]``, whether those recompute all but attention and its exchange (``ac_mode`` selective).
         """
-        repeated = np.where(keeps_attention, tokens * self.double_len, cost)
-        recompute = _RECOMPUTE_SHARE * ac_layers / self.shape.num_layers
-        inside = (np.minimum(cp_degree, _RANKS_PER_NODE) - 1) / cp_degree
-        across = np.maximum(cp_degree - _RANKS_PER_NODE, 0) / cp_degree
-        exchange_s = (inside * _EXCHANGE_S + across * _EXCHANGE_ACROSS_NODES_S) * self.shape.num_layers * self.shape.attention_dim
-        return ((cost + repeated * recompute) * self.square_s + tokens * exchange_s) / cp_degree
+        shape, rates = self.shape, self.rates
+        linear, attention = tokens * self.token_s / cp_degree, squares * self.square_s / cp_degree
+        recomputed = ac_layers / shape.num_layers
+        repeated = np.where(keeps_attention, 0.0, recomputed)
+        in_layers = 1 - shape.head_params / shape.linear_params
+        inside = (np.minimum(cp_degree, rates.ranks_per_node) - 1) / cp_degree
+        across = np.maximum(cp_degree - rates.ranks_per_node, 0) / cp_degree
+        sent = tokens * shape.exchanged_bytes / cp_degree * (2 + repeated)
+        return PackSeconds(
+            linear=linear,
+            attention=attention,
+            recompute=linear * in_layers * _LINEAR_FORWARD * recomputed + attention * _ATTENTION_FORWARD * repeated,
+            exchange=sent * (inside / rates.exchange_bytes_per_s + across / rates.network_bytes_per_s),
+        )
 
     def gather_s(self, world_size: int) -> float:
         """Modelled seconds of gathering weights and scattering gradients in a micro-step; overlaps with computing."""
-        return self.shape.linear_params * _GATHER_S * (world_size - 1) / world_size
+        rates = self.rates
+        is_one_node = world_size <= rates.ranks_per_node
+        bytes_per_s = rates.gather_bytes_per_s if is_one_node else rates.gather_network_bytes_per_s
+        params = self.shape.gathered_params or self.shape.linear_params
+        return _GATHERED_BYTES * params * (world_size - 1) / world_size / bytes_per_s

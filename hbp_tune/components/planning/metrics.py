@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_tune.components.planning.balancing import attention_work
-from hbp_tune.components.planning.cost import CostModel
+from hbp_tune.components.planning.cost import CostModel, PackSeconds
 from hbp_tune.components.planning.records import EpochPlan
 from hbp_tune.components.planning.sharding import padded_len
 
@@ -165,12 +165,16 @@ def micro_step_s(plan: EpochPlan, cost: CostModel) -> NDArray[np.float64]:
 
 
 def pack_s(plan: EpochPlan, cost: CostModel) -> NDArray[np.float64]:
-    """Modelled seconds that each rank of a pack is busy, ``float64[packs]``; see `CostModel.pack_s`."""
-    tokens = plan.sum_per_pack(plan.lengths)
+    """Modelled seconds that each rank of a pack is busy, ``float64[packs]``, what every micro-step costs included."""
+    return pack_seconds(plan, cost).total + cost.rates.micro_step_s
+
+
+def pack_seconds(plan: EpochPlan, cost: CostModel) -> PackSeconds:
+    """Modelled seconds of each pack by what its ranks do; see `CostModel.pack_seconds`."""
     ac_layers = np.array([group.ac_layers for group in plan.groups])[plan.pack_group]
-    pack_cost = cost.pack_cost(tokens, plan.sum_per_pack(attention_work(plan.lengths)))
     keeps_attention = np.array([group.ac_mode == "selective" for group in plan.groups])[plan.pack_group]
-    return cost.pack_s(pack_cost, tokens, plan.cp_degrees, ac_layers, keeps_attention)
+    tokens, squares = plan.sum_per_pack(plan.lengths), plan.sum_per_pack(attention_work(plan.lengths))
+    return cost.pack_seconds(tokens, squares, plan.cp_degrees, ac_layers, keeps_attention)
 
 
 def diversity_by_group(plan: EpochPlan, classes: NDArray[np.int16] | None = None) -> NDArray[np.float64]:

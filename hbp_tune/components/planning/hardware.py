@@ -1,0 +1,108 @@
+"""What known GPUs reach: figures of data sheets, times the efficiencies that one published set of timings shows."""
+
+import re
+from dataclasses import dataclass
+
+from hbp_tune.components.planning.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """What one rank reaches; modelled for a known GPU, or fitted to measurements.
+
+    Args:
+        token_flops_per_s: operations outside attention.
+        square_flops_per_s: operations of attention.
+        exchange_bytes_per_s: received by context parallelism from ranks of the same node.
+        network_bytes_per_s: received by context parallelism from other nodes.
+        gather_bytes_per_s: weights and gradients moved by FSDP inside one node.
+        gather_network_bytes_per_s: the same over several nodes.
+        ranks_per_node: GPUs of a node.
+        micro_step_s: fixed seconds of every forward and backward.
+
+    Raises:
+        ConfigError: a rate is not above 0, or ``micro_step_s`` is below 0.
+    """
+
+    token_flops_per_s: float
+    square_flops_per_s: float
+    exchange_bytes_per_s: float
+    network_bytes_per_s: float
+    gather_bytes_per_s: float
+    gather_network_bytes_per_s: float
+    ranks_per_node: int = 8
+    micro_step_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in self.__dataclass_fields__:
+            value = getattr(self, field)
+            if not (value > 0 or (field == "micro_step_s" and value == 0)):
+                raise ConfigError(f"rates: {field}={value} must be above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU by its vendor's data sheet.
+
+    Args:
+        flops_per_s: dense bf16.
+        memory_gib: of the usual variant.
+        link_bytes_per_s: one way to the other GPUs of its node: NVLink, Infinity Fabric, or PCIe where there is neither.
+    """
+
+    flops_per_s: float
+    memory_gib: float
+    link_bytes_per_s: float
+
+
+# First match first: variants before the plain name.
+GPUS = {
+    "H100 PCIe": Gpu(756e12, 80, 64e9),
+    "H100 NVL": Gpu(835e12, 94, 300e9),
+    "H200 NVL": Gpu(835e12, 141, 450e9),
+    "GB200": Gpu(2500e12, 186, 900e9),
+    "B200": Gpu(2250e12, 180, 900e9),
+    "GH200": Gpu(989e12, 96, 450e9),
+    "H200": Gpu(989e12, 141, 450e9),
+    "H100": Gpu(989e12, 80, 450e9),
+    "H800": Gpu(989e12, 80, 200e9),
+    "A100": Gpu(312e12, 80, 300e9),
+    "A800": Gpu(312e12, 80, 200e9),
+    "L40S": Gpu(362e12, 48, 32e9),
+    "L4": Gpu(121e12, 24, 32e9),
+    "MI300X": Gpu(1307e12, 192, 448e9),
+}
+# One network card of 400 Gb/s for each GPU, as in H100 nodes with InfiniBand NDR.
+_NETWORK_BYTES_PER_S = 50e9
+# What Llama 3.1 8B reached on H100 nodes in the HBP paper: a fit to all twelve timings (benchmarks/paper_groups.py), rounded. Of
+# other GPUs it is an assumption that they reach the same shares of their data sheets.
+_TOKEN_SHARE, _SQUARE_SHARE, _EXCHANGE_SHARE, _NETWORK_SHARE = 0.365, 0.318, 0.125, 0.23
+# All-gathers and reduce-scatters inside a node: an assumption. Over nodes, all cards of a node together: the paper's run without
+# packing (38.3 GPU days on 32 GPUs for 941K samples on four replicas) took 0.44 s a micro-step, which 45 GB of weights bounded.
+_GATHER_SHARE, _GATHER_NETWORK_SHARE = 0.7, 0.27
+
+
+def gpu_of(device_name: str) -> Gpu | None:
+    """Give the data sheet of a device by its name, such as ``NVIDIA H100 80GB HBM3``; None where it is not known."""
+    return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device_name)), None)
+
+
+def rates_of(gpu: Gpu, ranks_per_node: int = 8) -> Rates:
+    """Model what a GPU reaches, in nodes of so many.
+
+    Args:
+        gpu: by its data sheet.
+        ranks_per_node: GPUs of a node, each with a network card of 400 Gb/s.
+    """
+    return Rates(
+        token_flops_per_s=_TOKEN_SHARE * gpu.flops_per_s,
+        square_flops_per_s=_SQUARE_SHARE * gpu.flops_per_s,
+        exchange_bytes_per_s=_EXCHANGE_SHARE * gpu.link_bytes_per_s,
+        network_bytes_per_s=_NETWORK_SHARE * _NETWORK_BYTES_PER_S,
+        gather_bytes_per_s=_GATHER_SHARE * gpu.link_bytes_per_s,
+        gather_network_bytes_per_s=_GATHER_NETWORK_SHARE * _NETWORK_BYTES_PER_S * ranks_per_node,
+        ranks_per_node=ranks_per_node,
+    )
+
+
+H100 = rates_of(GPUS["H100"])
