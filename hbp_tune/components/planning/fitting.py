@@ -1,0 +1,183 @@
+"""What a machine reaches, fitted to measurements: rates to seconds, and a line of memory to GiB."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hbp_tune.components.planning.cost import CostModel, ModelShape
+from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.components.planning.hardware import Rates
+from hbp_tune.components.planning.measurements import Measurement
+from hbp_tune.components.planning.records import PackingGroup
+
+# In this order they are solved for; what the measurements say nothing about keeps what it was.
+_FITTED = ("token_flops_per_s", "square_flops_per_s", "exchange_bytes_per_s", "network_bytes_per_s")
+_SWEEPS = 20_000
+_TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class FittedRates:
+    """Rates that explain measurements, and how well.
+
+    Args:
+        rates: fitted; what no measurement depends on is taken from where the fit started.
+        errors: ``float64[measurements]``, predicted over measured seconds, less 1.
+        fitted: names of the rates that were solved for.
+    """
+
+    rates: Rates
+    errors: NDArray[np.float64]
+    fitted: tuple[str, ...]
+
+    @property
+    def rms_error(self) -> float:
+        """Root of the mean square of the errors."""
+        return float(np.sqrt(np.mean(self.errors**2)))
+
+
+def predict_s(cost: CostModel, measurement: Measurement) -> float:
+    """Model the seconds of what was measured: forward and backward of one pack, gathering of weights included."""
+    return max(float(_unit_seconds(cost, [measurement]).sum()), cost.gather_s(measurement.world_size))
+
+
+def fit_rates(shape: ModelShape, measurements: Sequence[Measurement], start: Rates) -> FittedRates:
+    """Fit rates by non-negative least squares of relative errors, so that short and long packs count alike.
+
+    Fixed seconds of a micro-step are solved for where there are more measurements than rates. Seconds are linear in the
+    inverses of the rates; a rate that would be infinite or that no measurement depends on keeps its start.
+
+    Args:
+        shape: of the model that was measured.
+        measurements: those that did not fit are left out.
+        start: rates of a machine of that kind, also of how many ranks a node has.
+
+    Raises:
+        ConfigError: fewer than two measurements have a time.
+    """
+    timed = [measurement for measurement in measurements if measurement.micro_step_s is not None]
+    if len(timed) < 2:
+        raise ConfigError(f"{len(timed)} of {len(measurements)} measurements have a time; at least 2 are needed to fit rates")
+    seconds = np.array([measurement.micro_step_s for measurement in timed], dtype=np.float64)
+    # Seconds by the start's rates, as parts that scale with the inverse of one rate each.
+    parts = _unit_seconds(CostModel(shape, replace(start, micro_step_s=0.0)), timed)
+    if len(timed) > np.count_nonzero(parts.any(axis=0)):
+        parts = np.column_stack((parts, np.ones(len(timed))))
+    scales = non_negative_least_squares(parts / seconds[:, None], np.ones(len(timed)))
+    rates, names = replace(start, micro_step_s=0.0), []
+    for name, scale, part in zip(_FITTED, scales, parts.T, strict=False):
+        if scale > 0 and part.any():
+            rates = replace(rates, **{name: getattr(start, name) / float(scale)})
+            names.append(name)
+    if len(scales) > len(_FITTED):
+        rates = replace(rates, micro_step_s=float(scales[-1]))
+        names.append("micro_step_s")
+    fitted = CostModel(shape, rates)
+    predicted = np.array([predict_s(fitted, measurement) for measurement in timed])
+    return FittedRates(rates=rates, errors=predicted / seconds - 1, fitted=tuple(names))
+
+
+def _unit_seconds(cost: CostModel, measurements: Sequence[Measurement]) -> NDArray[np.float64]:
+    """Give ``float64[measurements, 4]``: seconds by the rate that they are inverse to, in the order of `_FITTED`."""
+    groups = [measurement.group for measurement in measurements]
+    tokens = np.array([measurement.tokens for measurement in measurements])
+    squares = np.array([measurement.squares for measurement in measurements])
+    packs = (
+        np.array([group.cp_degree for group in groups]),
+        np.array([group.ac_layers for group in groups]),
+        np.array([group.ac_mode == "selective" for group in groups]),
+    )
+    linear = cost.pack_seconds(tokens, np.zeros_like(squares), *packs)
+    attention = cost.pack_seconds(np.zeros_like(tokens), squares, *packs)
+    inside = CostModel(cost.shape, replace(cost.rates, network_bytes_per_s=float("inf")))
+    exchange = inside.pack_seconds(tokens, np.zeros_like(squares), *packs).exchange
+    computed = (linear.linear + linear.recompute, attention.attention + attention.recompute)
+    return np.column_stack((*computed, exchange, linear.exchange - exchange))
+
+
+def non_negative_least_squares(matrix: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Solve ``min |matrix @ x - target|`` over ``x >= 0`` by coordinate descent: the problem is convex, so it finds the minimum.
+
+    Args:
+        matrix: ``float64[rows, columns]``; a column of zeros gets 0.
+        target: ``float64[rows]``.
+
+    Returns:
+        ``float64[columns]``.
+    """
+    norms = np.linalg.norm(matrix, axis=0)
+    scaled = matrix / np.where(norms > 0, norms, 1.0)
+    gram, correlation = scaled.T @ scaled, scaled.T @ target
+    solution = np.zeros(matrix.shape[1])
+    for _ in range(_SWEEPS):
+        before = solution.copy()
+        for column in np.flatnonzero(norms > 0):
+            slack = correlation[column] - gram[column] @ solution
+            solution[column] = max(0.0, solution[column] + slack)
+        if np.abs(solution - before).max() <= _TOLERANCE * max(1.0, np.abs(solution).max()):
+            break
+    return solution / np.where(norms > 0, norms, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryLine:
+    """Memory of a rank by its tokens and recomputed layers: ``fixed + tokens * (kept layers * a + recomputed layers * b)``.
+
+    With one length it is the straight line of the HBP paper's Algorithm 4 (GreedyProfileCkpt), over lengths a plane. What
+    tokens need outside the layers is in both a and b, a share for each layer: every layer is one or the other.
+
+    Args:
+        num_layers: of the model.
+        fixed_gib: what does not depend on the tokens.
+        kept_gib: of each token and layer that keeps its activations.
+        recomputed_gib: of each token and layer that recomputes them.
+    """
+
+    num_layers: int
+    fixed_gib: float
+    kept_gib: float
+    recomputed_gib: float
+
+    def peak_gib(self, group: PackingGroup) -> float:
+        """Predict the fullest moment of a step with full packs."""
+        local_len = group.pack_len / group.cp_degree
+        layers = (self.num_layers - group.ac_layers) * self.kept_gib + group.ac_layers * self.recomputed_gib
+        return self.fixed_gib + local_len * layers
+
+    def fewest_ac_layers(self, group: PackingGroup, budget_gib: float) -> int | None:
+        """Give the fewest ``ac_layers`` with which the group fits; None where it does not with all of them.
+
+        Args:
+            group: all but its ``ac_layers`` counts.
+            budget_gib: memory of the device.
+        """
+        for ac_layers in range(self.num_layers + 1):
+            if self.peak_gib(replace(group, ac_layers=ac_layers)) <= budget_gib:
+                return ac_layers
+        return None
+
+
+def fit_memory(measurements: Sequence[Measurement], num_layers: int) -> MemoryLine:
+    """Fit a memory line to peaks, by non-negative least squares of relative errors.
+
+    Args:
+        measurements: of full packs with one ``ac_mode``; those that did not fit are left out.
+        num_layers: of the model.
+
+    Raises:
+        ConfigError: there are fewer than two numbers of recomputed layers to tell them apart by.
+    """
+    fitting = [measurement for measurement in measurements if measurement.peak_gib is not None]
+    if len({measurement.group.ac_layers for measurement in fitting}) < 2:
+        raise ConfigError("a memory line needs peaks at two values of ac_layers at least; measure another")
+    peaks = np.array([measurement.peak_gib for measurement in fitting], dtype=np.float64)
+    local = np.array([measurement.group.pack_len / measurement.group.cp_degree for measurement in fitting])
+    recomputed = np.array([measurement.group.ac_layers for measurement in fitting])
+    columns = np.column_stack((np.ones(len(fitting)), local * (num_layers - recomputed), local * recomputed))
+    if len(set(local)) == 1:
+        columns[:, 0] = 0.0  # what is fixed cannot be told from what recomputed layers need
+    solved = non_negative_least_squares(columns / peaks[:, None], np.ones(len(fitting)))
+    fixed, kept, recomputing = (float(value) for value in solved)
+    return MemoryLine(num_layers=num_layers, fixed_gib=fixed, kept_gib=kept, recomputed_gib=recomputing)

@@ -1,0 +1,132 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hbp_tune.components.planning.cost import LLAMA3_1_8B, CostModel
+from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.components.planning.fitting import (
+    MemoryLine,
+    fit_memory,
+    fit_rates,
+    non_negative_least_squares,
+    predict_s,
+)
+from hbp_tune.components.planning.hardware import H100, Rates
+from hbp_tune.components.planning.measurements import Measurement
+from hbp_tune.components.planning.records import PackingGroup
+
+TRUE = Rates(
+    token_flops_per_s=3e14,
+    square_flops_per_s=2e14,
+    exchange_bytes_per_s=5e10,
+    network_bytes_per_s=1e10,
+    gather_bytes_per_s=3e11,
+    gather_network_bytes_per_s=1e11,
+    micro_step_s=0.05,
+)
+
+
+def measured(length: int, cp_degree: int, ac_layers: int, *, documents: int = 1, rates: Rates = TRUE) -> Measurement:
+    """Make up a measurement of a machine with these rates."""
+    group = PackingGroup(name="g", pack_len=length, cp_degree=cp_degree, ac_layers=ac_layers)
+    blank = Measurement(group=group, world_size=32, doc_lens=(length // documents,) * documents, micro_step_s=1.0, peak_gib=1.0)
+    return replace(blank, micro_step_s=predict_s(CostModel(LLAMA3_1_8B, rates), blank) + rates.micro_step_s)
+
+
+EVERYTHING = [
+    measured(16_384, 1, 28),
+    measured(16_384, 1, 0, documents=16),
+    measured(32_768, 2, 28),
+    measured(32_768, 4, 23, documents=8),
+    measured(65_536, 8, 8),
+    measured(131_072, 8, 29),
+    measured(131_072, 16, 23),
+    measured(131_072, 16, 0, documents=4),
+]
+
+
+def test_known_rates_are_found_again() -> None:
+    found = fit_rates(LLAMA3_1_8B, EVERYTHING, H100)
+    for name in ("token_flops_per_s", "square_flops_per_s", "exchange_bytes_per_s", "network_bytes_per_s", "micro_step_s"):
+        assert getattr(found.rates, name) == pytest.approx(getattr(TRUE, name), rel=1e-3), name
+        assert name in found.fitted
+    # What gathers bound is not solved for.
+    assert found.rates.gather_bytes_per_s == H100.gather_bytes_per_s
+
+
+def test_what_no_measurement_tells_keeps_its_start() -> None:
+    plain = replace(TRUE, micro_step_s=0.0)
+    found = fit_rates(LLAMA3_1_8B, [measured(n, 1, 0, rates=plain) for n in (16_384, 65_536)], H100)
+    assert found.fitted == ("token_flops_per_s", "square_flops_per_s")
+    assert found.rates.token_flops_per_s == pytest.approx(plain.token_flops_per_s, rel=1e-6)
+    assert found.rates.exchange_bytes_per_s == H100.exchange_bytes_per_s
+    assert found.rms_error < 1e-6
+
+
+def test_errors_are_relative_and_signed() -> None:
+    once, twice = measured(16_384, 1, 0), measured(16_384, 1, 0)
+    assert once.micro_step_s is not None
+    twice = replace(twice, micro_step_s=2 * once.micro_step_s)
+    errors = fit_rates(LLAMA3_1_8B, [once, twice], H100).errors
+    assert errors[0] > 0 > errors[1]
+    assert (1 + errors[0]) == pytest.approx(2 * (1 + errors[1]))
+
+
+def test_one_time_is_not_enough() -> None:
+    group = PackingGroup(name="g", pack_len=64)
+    out = Measurement(group=group, world_size=1, doc_lens=(64,), micro_step_s=None, peak_gib=None)
+    with pytest.raises(ConfigError, match=r"1 of 2 measurements have a time; at least 2 are needed to fit rates"):
+        fit_rates(LLAMA3_1_8B, [EVERYTHING[0], out], H100)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_least_squares_meets_its_optimality_conditions(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    matrix, target = rng.random((9, 4)), rng.normal(size=9)
+    solution = non_negative_least_squares(matrix, target)
+    gradient = matrix.T @ (matrix @ solution - target)
+    assert (solution >= 0).all()
+    assert (gradient >= -1e-6).all(), "no entry would be better if larger"
+    assert np.abs(gradient * solution).max() < 1e-6, "nor smaller, where it can be"
+
+
+def test_a_column_of_zeros_gets_nothing() -> None:
+    assert non_negative_least_squares(np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([2.0, 4.0])).tolist() == [3.0, 0.0]
+
+
+LINE = MemoryLine(num_layers=32, fixed_gib=20.0, kept_gib=2e-4, recomputed_gib=1e-5)
+
+
+def peak(length: int, cp_degree: int, ac_layers: int) -> Measurement:
+    group = PackingGroup(name="g", pack_len=length, cp_degree=cp_degree, ac_layers=ac_layers)
+    return Measurement(group=group, world_size=8, doc_lens=(length,), micro_step_s=1.0, peak_gib=LINE.peak_gib(group))
+
+
+def test_a_known_memory_line_is_found_again() -> None:
+    found = fit_memory([peak(8192, 1, 0), peak(8192, 1, 32), peak(16_384, 1, 16), peak(32_768, 2, 32)], 32)
+    for name in ("fixed_gib", "kept_gib", "recomputed_gib"):
+        assert getattr(found, name) == pytest.approx(getattr(LINE, name), rel=1e-3)
+
+
+def test_at_one_length_two_settings_make_the_straight_line() -> None:
+    found = fit_memory([peak(8192, 1, 0), peak(8192, 1, 32)], 32)
+    group = PackingGroup(name="g", pack_len=8192)
+    for ac_layers in range(33):
+        assert found.peak_gib(replace(group, ac_layers=ac_layers)) == pytest.approx(
+            LINE.peak_gib(replace(group, ac_layers=ac_layers))
+        )
+
+
+def test_the_fewest_layers_that_fit() -> None:
+    group = PackingGroup(name="g", pack_len=16_384)
+    fewest = LINE.fewest_ac_layers(group, 60.0)
+    assert fewest is not None
+    assert LINE.peak_gib(replace(group, ac_layers=fewest)) <= 60.0 < LINE.peak_gib(replace(group, ac_layers=fewest - 1))
+    assert LINE.fewest_ac_layers(group, 25.0) is None
+    assert LINE.fewest_ac_layers(group, 500.0) == 0
+
+
+def test_a_memory_line_needs_two_settings() -> None:
+    with pytest.raises(ConfigError, match="needs peaks at two values of ac_layers at least"):
+        fit_memory([peak(8192, 1, 4), peak(16_384, 1, 4)], 32)
