@@ -21,6 +21,8 @@ SHORTEST_LEN = 2048
 # Plans of at most so many samples stand for all of the data while sets are compared; the best ones are planned again in full.
 _SAMPLES, _FINALISTS, _PLANNED = 30_000, 3, 12
 MAX_GROUPS = 4
+# What a further group must bring, as a share of the time: the model is no better than that, and fewer groups mix more samples.
+_WORTH = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,8 +133,8 @@ class GroupSelector:
         """Choose groups; the same for the same arguments.
 
         Every set of lengths that holds the longest sample is estimated in closed form, each length with the strategy (CP degree)
-        that is fastest for the samples that it would get. The dozen with the lowest estimates are planned for some of the
-        samples, the best of these for all.
+        that is fastest for the samples that it would get. The lowest estimates of each number of groups are planned for some
+        of the samples, the best of these for all. Of sets within a hundredth of the least time the smallest is chosen.
 
         Args:
             candidates: groups that fit.
@@ -140,10 +142,14 @@ class GroupSelector:
         check_candidates(candidates, int(self._lengths.max()), cp_degree=max((g.cp_degree for g in candidates), default=1))
         sets = sorted(self._sets(candidates), key=lambda groups: self.estimate_s(groups))
         single = min((groups for groups in sets if len(groups) == 1), key=self.estimate_s)
-        planned = sorted(sets[:_PLANNED], key=lambda groups: self.epoch_s(groups, self._some))
-        finalists = dict.fromkeys([*planned[:_FINALISTS], single])
+        sizes = range(1, MAX_GROUPS + 1)
+        tried = [groups for size in sizes for groups in [x for x in sets if len(x) == size][: _PLANNED // MAX_GROUPS]]
+        planned = sorted(tried, key=lambda groups: self.epoch_s(groups, self._some))
+        smaller = [groups for groups in planned if len(groups) < len(planned[0])]
+        finalists = dict.fromkeys([*planned[:_FINALISTS], *smaller[:_FINALISTS], single])
         seconds = {groups: self.epoch_s(groups, self._lengths) for groups in finalists}
-        best = min(seconds, key=lambda groups: (seconds[groups], len(groups)))
+        least_s = min(seconds.values())
+        best = min(seconds, key=lambda groups: (seconds[groups] > (1 + _WORTH) * least_s, len(groups), seconds[groups]))
         without = [best[:index] + best[index + 1 :] for index in range(len(best) - 1)]
         return GroupChoice(
             groups=best,
