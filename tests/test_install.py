@@ -1,4 +1,4 @@
-import importlib.util
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -18,12 +18,12 @@ from hbp_tune.components.config.packaged import packaged_configs
 print(launcher.__file__, hbp_tune.__file__, *(f"{name}={path}" for name, path in packaged_configs().items()), sep="\\n")
 """
 
+# By metadata: to look for the module pip makes setuptools leave Python's own distutils alone, which breaks Inductor in this process.
+INSTALLED = {str(found.metadata["Name"]).lower() for found in importlib.metadata.distributions()}
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip in this environment"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("hatchling") is None, reason="needs hatchling, the build backend: pip install hatchling"
-    ),
+    pytest.mark.skipif("pip" not in INSTALLED, reason="needs pip in this environment"),
+    pytest.mark.skipif("hatchling" not in INSTALLED, reason="needs hatchling, the build backend: pip install hatchling"),
 ]
 
 
