@@ -18,7 +18,7 @@ from hbp_tune.components.config.packaged import packaged_configs
 print(launcher.__file__, hbp_tune.__file__, *(f"{name}={path}" for name, path in packaged_configs().items()), sep="\\n")
 """
 
-# By metadata: to look for the module pip makes setuptools leave Python's own distutils alone, which breaks Inductor in this process.
+# By metadata: find_spec("pip") makes setuptools leave the stdlib distutils alone, which breaks Inductor in this process.
 INSTALLED = {str(found.metadata["Name"]).lower() for found in importlib.metadata.distributions()}
 pytestmark = [
     pytest.mark.slow,

@@ -1,4 +1,6 @@
 from hbp_tune.components.config.build import build as build
+from hbp_tune.components.config.group_files import groups_of as groups_of
+from hbp_tune.components.config.group_files import write_groups as write_groups
 from hbp_tune.components.config.packaged import run_recipe as run_recipe
 from hbp_tune.components.config.sources import data_settings as data_settings
 from hbp_tune.components.config.stock import check_config as check_config
@@ -21,6 +23,7 @@ from hbp_tune.components.models.hf_config import HFConfig as HFConfig
 from hbp_tune.components.models.rope import with_yarn as with_yarn
 from hbp_tune.components.models.torchtune_decoder import DecoderParts as DecoderParts
 from hbp_tune.components.models.torchtune_decoder import adapt_decoder as adapt_decoder
+from hbp_tune.components.models.torchtune_decoder import decoder_shape as decoder_shape
 from hbp_tune.components.models.torchtune_decoder import model_shape as model_shape
 from hbp_tune.components.models.torchtune_decoder import separate_units as separate_units
 from hbp_tune.components.parallel.activation_checkpoint import check_offload as check_offload
@@ -68,6 +71,10 @@ from hbp_tune.components.planning.distributions import synthetic_lengths as synt
 from hbp_tune.components.planning.draw import draw_samples as draw_samples
 from hbp_tune.components.planning.errors import ConfigError as ConfigError
 from hbp_tune.components.planning.exchange import AttentionHeads as AttentionHeads
+from hbp_tune.components.planning.hardware import gpu_named as gpu_named
+from hbp_tune.components.planning.hardware import rates_of as rates_of
+from hbp_tune.components.planning.memory import MemoryModel as MemoryModel
+from hbp_tune.components.planning.memory import adamw_bytes as adamw_bytes
 from hbp_tune.components.planning.metrics import PlanMetrics as PlanMetrics
 from hbp_tune.components.planning.metrics import StepMetrics as StepMetrics
 from hbp_tune.components.planning.metrics import measure as measure
@@ -81,6 +88,9 @@ from hbp_tune.components.planning.records import check_ac_layers as check_ac_lay
 from hbp_tune.components.planning.records import check_groups as check_groups
 from hbp_tune.components.planning.records import check_positions as check_positions
 from hbp_tune.components.planning.records import check_saved_plan as check_saved_plan
+from hbp_tune.components.planning.selection import GroupSelector as GroupSelector
+from hbp_tune.components.planning.selection import candidate_groups as candidate_groups
+from hbp_tune.components.planning.selection import paper_rule as paper_rule
 from hbp_tune.components.planning.sharding import CpDegrees as CpDegrees
 from hbp_tune.components.planning.stages import ShortFirst as ShortFirst
 from hbp_tune.components.planning.stages import Staged as Staged
@@ -88,6 +98,7 @@ from hbp_tune.components.reporting.advice import expected_time as expected_time
 from hbp_tune.components.reporting.advice import headline as headline
 from hbp_tune.components.reporting.advice import plan_warnings as plan_warnings
 from hbp_tune.components.reporting.bad_rows import report_bad_rows as report_bad_rows
+from hbp_tune.components.reporting.choice import print_choice as print_choice
 from hbp_tune.components.reporting.overlong import report_overlong as report_overlong
 from hbp_tune.components.reporting.page import render_page as render_page
 from hbp_tune.components.reporting.places import Places as Places

@@ -71,6 +71,7 @@ from hbp_tune.components import (
     explain_out_of_memory,
     export_weights,
     from_rank_zero,
+    groups_of,
     is_stock_loss,
     join_process_group,
     make_checkpointable,
@@ -107,11 +108,11 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
     decides over how many ranks the pack's sequence is split and how many layers recompute their activations.
 
     Args:
-        cfg: keys as in torchtune's ``full_finetune_distributed``, and ``groups``, ``planner``, ``curriculum``, ``loss_head``,
-            ``context_parallel``, ``attention``, ``compute_dtype``, ``max_steps``, ``dataset_val``, ``run_val_every_n_steps``,
-            ``save_every_n_steps``, ``keep_last_n_checkpoints``, ``async_save``, ``max_nonfinite_steps``, ``num_workers``,
-            ``token_store_dir``, ``token_store_timeout_s``, ``bad_rows``, ``plan_file``, ``process_group_timeout_s``,
-            ``fsdp_sharded_accumulation``.
+        cfg: keys as in torchtune's ``full_finetune_distributed``, and ``groups`` or ``groups_file``, ``planner``, ``curriculum``,
+            ``loss_head``, ``context_parallel``, ``attention``, ``compute_dtype``, ``max_steps``, ``dataset_val``,
+            ``run_val_every_n_steps``, ``save_every_n_steps``, ``keep_last_n_checkpoints``, ``async_save``,
+            ``max_nonfinite_steps``, ``num_workers``, ``token_store_dir``, ``token_store_timeout_s``, ``bad_rows``, ``plan_file``,
+            ``process_group_timeout_s``, ``fsdp_sharded_accumulation``.
 
     Raises:
         ConfigError: settings that cannot work, alone or together.
@@ -154,7 +155,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         if not self._resume_mode and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             self._resume_mode = "auto"  # torchrun starts this run again: what is saved is its own
 
-        self._groups = tuple(build("groups", group) for group in cfg.groups)
+        self._groups = groups_of(cfg)
         check_groups(self._groups, self.world_size)
         check_offload(self._groups, self._device.type)
         self._planner = build("planner", planner) if (planner := setting(cfg, "planner")) else BalancePlanner()

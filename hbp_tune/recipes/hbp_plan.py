@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +35,43 @@ from hbp_tune.components import (
     ConfigError,
     CostModel,
     EpochPlan,
+    GroupSelector,
+    MemoryModel,
+    PackingGroup,
     Places,
     PlanMetrics,
     PlanReport,
     RowPlace,
+    adamw_bytes,
     adapt_decoder,
     build,
+    candidate_groups,
     check_ac_layers,
     check_config,
     check_groups,
     check_positions,
     data_settings,
+    decoder_shape,
     default_store_directory,
     describe_layouts,
     estimate_data,
     expected_time,
+    gpu_named,
+    groups_of,
     headline,
     measure,
     missing_tokenizer_files,
     model_shape,
     one_length_group,
     open_data,
+    paper_rule,
     plan_baseline,
     plan_warnings,
+    print_choice,
     print_groups,
     print_lengths,
     print_metrics,
+    rates_of,
     read_lengths,
     render_page,
     report_bad_rows,
@@ -68,6 +80,7 @@ from hbp_tune.components import (
     select_context_parallel,
     setting,
     synthetic_lengths,
+    write_groups,
     write_plan,
     write_summary,
 )
@@ -87,6 +100,9 @@ class HBPPlanRecipe:
               distribution (``tulu3_longcite`` ...); with it ``lengths_column`` of the file, ``num_samples`` of the
               distribution.
             - ``baselines``: packers to compare with, beside ``isf``.
+            - ``gpu``: whose time is modelled, by default ``H100``.
+            - ``groups: auto``: choose the groups for these data, this model and GPU, by the cost model; ``memory_gib`` of each
+              GPU, by default what it has. They are written to ``groups.yaml``, for ``groups_file``.
 
     Raises:
         ConfigError: settings that cannot work, alone or together.
@@ -96,9 +112,12 @@ class HBPPlanRecipe:
         check_config(cfg, ["output_dir", "model", "epochs", *([] if cfg.get("lengths") else ["dataset", "tokenizer"])])
         if dist.is_torchelastic_launched():
             raise ConfigError("hbp_plan is one process; start it by `tune run hbp_plan` and set world_size=N instead")
-        self._groups = tuple(build("groups", group) for group in cfg.groups)
+        self._chooses_groups = cfg.get("groups") == "auto" and not cfg.get("groups_file")
+        self._groups = () if self._chooses_groups else groups_of(cfg)
         self.world_size = cfg.get("world_size") or self._default_world_size()
-        check_groups(self._groups, self.world_size)
+        if not self._chooses_groups:
+            check_groups(self._groups, self.world_size)
+        self._gpu = gpu_named(cfg.get("gpu") or "H100")
         self._planner = build("planner", planner) if (planner := setting(cfg, "planner")) else BalancePlanner()
         self._curriculum = build("curriculum", curriculum) if (curriculum := setting(cfg, "curriculum")) else None
         scheme = setting(cfg, "context_parallel") or "auto"
@@ -118,7 +137,7 @@ class HBPPlanRecipe:
         return -(-DEFAULT_WORLD_SIZE // step) * step
 
     def setup(self, cfg: DictConfig) -> None:
-        """Check the groups against the model, then find the length of every sample.
+        """Build the decoder, find the length of every sample, choose groups if asked, and check them against the model.
 
         Raises:
             ConfigError: ``num_samples`` for data, which have their own number.
@@ -133,15 +152,43 @@ class HBPPlanRecipe:
                 )
             else:
                 self._read_data(cfg)
-
-    def _setup_decoder(self, cfg: DictConfig) -> None:
-        """Build the decoder without weights, check that the groups suit it, and derive what a token costs."""
-        with torch.device("meta"):
-            model: nn.Module = build("model", cfg.model)
-        self._decoder = adapt_decoder(model)
+        if self._chooses_groups:
+            with self._timed("choose"):
+                self._groups = self._choose_groups(cfg)
+        self._num_targets = self._count_targets(self._groups[-1].pack_len)
         self._notes += describe_layouts(self._context_parallel, self._decoder.heads, self._groups)
         check_ac_layers(self._groups, len(self._decoder.layers))
-        self._cost = CostModel(model_shape(model))
+
+    def _setup_decoder(self, cfg: DictConfig) -> None:
+        """Build the decoder without weights, and derive what a token costs."""
+        with torch.device("meta"):
+            self._model: nn.Module = build("model", cfg.model)
+        self._decoder = adapt_decoder(self._model)
+        self._cost = CostModel(model_shape(self._model), rates_of(self._gpu))
+
+    def _choose_groups(self, cfg: DictConfig) -> tuple[PackingGroup, ...]:
+        """Choose groups by the models of time and memory, say why, and write them to a file."""
+        budget_gib = cfg.get("memory_gib") or self._gpu.memory_gib
+        is_8bit = "8bit" in str((cfg.get("optimizer") or {}).get("_component_"))
+        states = adamw_bytes(weight=4 if cfg.get("dtype") == "fp32" else 2, is_8bit=is_8bit)
+        memory = MemoryModel(decoder_shape(self._model), world_size=self.world_size, states=states, accumulation="sharded")
+        fewest = partial(memory.fewest_ac_layers, budget_gib=budget_gib)
+        overlong = getattr(self._planner, "overlong", "error")
+        candidates = candidate_groups(
+            int(self._lengths.max()), fewest, world_size=self.world_size, must_hold_all=overlong == "error"
+        )
+        most = max(group.pack_len for group in candidates)
+        lengths = np.minimum(self._lengths, most) if overlong == "truncate" else self._lengths[self._lengths <= most]
+        selector = GroupSelector(lengths, planner=self._planner, cost=self._cost, world_size=self.world_size, seed=self.seed)
+        choice = selector.select(candidates)
+        rule = paper_rule([(group, selector.s_per_token(group)) for group in candidates], fewest)
+        where = f"{self.world_size} {self._gpu.name}s of {budget_gib:g} GiB"
+        print_choice(choice, (rule, selector.epoch_s(rule, lengths)), self._console, where=where)
+        path = self._output_dir / "groups.yaml"
+        with self._writing():
+            write_groups(path, choice.groups, [f"Chosen by modelled time and memory for {where}, nothing was measured."])
+        self._notes.append(f"The groups are in {path}; train with groups_file={path}")
+        return choice.groups
 
     def _read_lengths(self, name: str, column: str | None, num_samples: int | None) -> None:
         """Take lengths from a file or a distribution, without data and tokenizer.
@@ -152,6 +199,7 @@ class HBPPlanRecipe:
         self._classes: NDArray[np.int16] | None
         self._places: Places
         self._draw: Callable[[int], NDArray[np.int32]]
+        self._count_targets: Callable[[int], NDArray[np.int32]]
         self._warnings: list[str]
         if name.lower().endswith(LENGTH_SUFFIXES) or os.path.sep in name or os.path.exists(name):
             if num_samples is not None:
@@ -164,7 +212,7 @@ class HBPPlanRecipe:
             except ConfigError as error:
                 raise ConfigError(f"lengths={name} is no file ({', '.join(LENGTH_SUFFIXES)}), and {error}") from error
             self._lengths_from = f"synthetic lengths, {name}"
-        self._num_targets = np.ones_like(self._lengths)  # nobody knows them
+        self._count_targets = lambda longest: np.ones_like(self._lengths)  # nobody knows them
         self._draw = lambda epoch: np.arange(len(self._lengths), dtype=np.int32)
         self._places = lambda ids: [RowPlace(dataset=name, row=int(i)) for i in ids]
         self._warnings = []
@@ -176,11 +224,11 @@ class HBPPlanRecipe:
         missing = missing_tokenizer_files(cfg)
         if missing:
             loaded, estimated = estimate_data(data, directory)
-            self._num_targets = estimated.num_targets
+            self._count_targets = lambda longest: estimated.num_targets
             self._lengths_from = f"estimated from the text's bytes, as the tokenizer's {missing[0]} does not exist"
         else:
             loaded, store = open_data(data, build("tokenizer", cfg.tokenizer), directory, Builder.alone())
-            self._num_targets = store.num_targets_within(self._groups[-1].pack_len)
+            self._count_targets = store.num_targets_within
             self._lengths_from = "the data set's tokens"
         self._lengths, self._places = loaded.counts.lengths, loaded.places
         self._draw = lambda epoch: loaded.draw(seed=self.seed, epoch=epoch)
@@ -268,7 +316,7 @@ class HBPPlanRecipe:
         print_lengths(report.lengths, self._console)
         print_groups(plan, self._console)
         rows = {"HBP": report.metrics} | {name: report.baselines[name] for name in self._baselines}
-        print_metrics(rows, self._console, ranks=self.world_size)
+        print_metrics(rows, self._console, ranks=self.world_size, machine=self._cost.rates.machine)
         self._console.print(expected_time(report.plans, report.cost, self._max_steps), markup=False)
         for line in report.warnings:
             self._console.print(f"warning: {line}", style="yellow", markup=False)

@@ -14,8 +14,9 @@ from hbp_tune.components import (
     describe_layouts,
 )
 from hbp_tune.components.models import torchtune_seam
-from hbp_tune.components.models.torchtune_decoder import model_shape, separate_units
+from hbp_tune.components.models.torchtune_decoder import decoder_shape, model_shape, separate_units
 from hbp_tune.components.planning.cost import LLAMA3_1_8B, ModelShape
+from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER
 from hbp_tune.demo.model import build
 from tests.helpers import SHAPE
 
@@ -86,6 +87,20 @@ def test_separate_units() -> None:
         separate_units(untied, ["head"])
     tied = qwen2.qwen2(**TINY, num_kv_heads=2, tie_word_embeddings=True)
     assert separate_units(tied, ["tok_embeddings", "output"]) == []
+
+
+def test_what_decides_the_memory_of_a_model() -> None:
+    with torch.device("meta"):
+        model = llama3_1.llama3_1_8b()
+        assert decoder_shape(model) == LLAMA3_1_8B_DECODER
+        adapt_decoder(model)
+        assert decoder_shape(model) == LLAMA3_1_8B_DECODER
+        tied = decoder_shape(llama3_2.llama3_2_1b())
+    assert (tied.tied, tied.num_params) == (True, 1_235_814_400)
+    plain = llama3_1.llama3_1(**TINY, num_kv_heads=2)
+    plain.layers[0].mlp.w3 = None
+    with pytest.raises(ConfigError, match=r"the memory of a FeedForward is not modelled, only that of gated feed-forwards"):
+        decoder_shape(plain)
 
 
 def test_what_decides_the_cost_of_a_model() -> None:

@@ -8,6 +8,7 @@ from hbp_tune.components.planning.errors import ConfigError
 from hbp_tune.components.planning.hardware import Rates
 
 RATES = Rates(
+    machine="made up",
     token_flops_per_s=1e3,
     square_flops_per_s=1e5,
     exchange_bytes_per_s=100,

@@ -17,6 +17,7 @@ from hbp_tune.components.planning.measurements import Measurement
 from hbp_tune.components.planning.records import PackingGroup
 
 TRUE = Rates(
+    machine="made up",
     token_flops_per_s=3e14,
     square_flops_per_s=2e14,
     exchange_bytes_per_s=5e10,

@@ -368,3 +368,46 @@ def test_a_saved_plan_of_another_run_is_refused_before_training(tmp_path: Path, 
     cfg.plan_file = str(tmp_path / "no/plan.parquet")
     with pytest.raises(RankError, match=r"rank 0: DataError: there is no plan at .*no/plan.parquet; check the path"):
         ranks(2).run(train_job, cfg)
+
+
+def test_groups_are_chosen_for_data_and_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = mixed_lengths(2000, 60_000, seed=1)
+    cfg = with_lengths(tmp_path, lengths, world_size=8, gpu="A100")
+    cfg.groups = "auto"
+    # The tiny model of the tests fits anywhere: a real one, on the meta device, does not.
+    cfg.model = {"_component_": "torchtune.models.llama3_2.llama3_2_3b"}
+    report = plan(cfg)
+    printed = capsys.readouterr().out
+    assert "Packing groups for 8 A100s of 80 GiB" in printed
+    assert "(chosen)" in printed
+    assert "(the paper's rule)" in printed
+    assert "Modelled for 8 A100s" in printed
+    chosen = report.plan.groups
+    assert chosen[-1].pack_len >= 60_000 > chosen[0].pack_len
+    # The file trains and plans as the choice did.
+    cfg.groups_file = str(tmp_path / "out" / "groups.yaml")
+    assert plan(cfg).plan.hash == report.plan.hash
+    cfg.pop("groups")
+    assert plan(cfg).plan.hash == report.plan.hash
+
+
+def test_longer_samples_than_fit_may_be_left_out(tmp_path: Path) -> None:
+    lengths = mixed_lengths(300, 60_000, seed=1)
+    cfg = with_lengths(tmp_path, lengths, world_size=1, memory_gib=20)
+    cfg.groups = "auto"
+    cfg.model = {"_component_": "torchtune.models.llama3_2.llama3_2_1b"}
+    message = (
+        r"the longest sample has 60000 tokens, the longest packing group that fits into memory holds \d+ .* set planner.overlong"
+    )
+    with pytest.raises(ConfigError, match=message):
+        plan(cfg)
+    cfg.planner.overlong = "drop"
+    assert len(plan(cfg).plan.dropped) > 0
+    cfg.memory_gib = 8
+    with pytest.raises(ConfigError, match="no packing group fits into memory"):
+        plan(cfg)
+
+
+def test_a_gpu_that_nobody_knows(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gpu='H1000' is not known; choose from H100 PCIe, "):
+        HBPPlanRecipe(with_lengths(tmp_path, [10], gpu="H1000"))

@@ -27,7 +27,9 @@ def metrics(epoch_s: float) -> PlanMetrics:
 @pytest.mark.parametrize("width", [80, 120])
 def test_figures_of_all_packers_stay_whole(width: int) -> None:
     console = Console(file=io.StringIO(), width=width)
-    print_metrics({"HBP": metrics(5400.0)} | {name: metrics(86400.0 * 20) for name in BASELINE_NAMES}, console, ranks=8)
+    print_metrics(
+        {"HBP": metrics(5400.0)} | {name: metrics(86400.0 * 20) for name in BASELINE_NAMES}, console, ranks=8, machine="H100"
+    )
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in text
     assert max(len(line) for line in text.splitlines()) <= width

@@ -40,6 +40,7 @@ _CARRIED = frozenset(
 _OURS = frozenset(
     [
         "groups",
+        "groups_file",
         "planner",
         "curriculum",
         "context_parallel",
@@ -63,7 +64,7 @@ _OURS = frozenset(
     ]
 )
 # Keys of `hbp_plan`, which training takes no notice of: one file serves both.
-_PLAN = frozenset(["lengths", "lengths_column", "num_samples", "world_size", "baselines"])
+_PLAN = frozenset(["lengths", "lengths_column", "num_samples", "world_size", "baselines", "gpu", "memory_gib"])
 # Keys without which there is no training.
 REQUIRED = ("output_dir", "tokenizer", "dataset", "model", "checkpointer", "optimizer", "device", "dtype", "epochs")
 # Whole numbers, and their least values.
@@ -131,7 +132,7 @@ def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> 
         raise ConfigError(f"resume_from_checkpoint={resume} must be True, False, or auto: resume where there is saved progress")
     if cfg.get("bad_rows") not in (None, "error", "drop"):
         raise ConfigError(f"bad_rows={cfg['bad_rows']} is no policy; choose error or drop")
-    if not cfg.get("groups"):
+    if not cfg.get("groups") and not cfg.get("groups_file"):
         raise ConfigError(
             "config key 'groups' is missing; the least is groups: "
             "[{_component_: hbp_tune.components.PackingGroup, name: all, pack_len: 8192}]"

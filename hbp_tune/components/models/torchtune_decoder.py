@@ -15,6 +15,7 @@ from hbp_tune.components.parallel.parallelize import PackContext
 from hbp_tune.components.planning.cost import ModelShape
 from hbp_tune.components.planning.errors import ConfigError
 from hbp_tune.components.planning.exchange import AttentionHeads
+from hbp_tune.components.planning.memory import DecoderShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +91,31 @@ def model_shape(model: nn.Module) -> ModelShape:
         kv_dim=attention.k_proj.out_features,  # `adapt_decoder` changes num_kv_heads
         head_params=embedding,  # the output projection has the embedding's shape
         gathered_params=all_params,
+    )
+
+
+def decoder_shape(model: nn.Module) -> DecoderShape:
+    """Measure what decides a decoder's memory, before or after `adapt_decoder`; weights on the meta device are enough.
+
+    Raises:
+        ConfigError: its layers have no gated feed-forward (``w1``, ``w2``, ``w3``), whose activations the memory model counts.
+    """
+    decoder = cast(Any, model)
+    layer = decoder.layers[0]
+    if getattr(layer.mlp, "w3", None) is None:
+        raise ConfigError(
+            f"the memory of a {type(layer.mlp).__name__} is not modelled, only that of gated feed-forwards (w1, w2, w3); "
+            f"give the groups yourself"
+        )
+    return DecoderShape(
+        num_layers=len(decoder.layers),
+        embed_dim=layer.attn.q_proj.in_features,
+        num_heads=layer.attn.num_heads,
+        num_kv_heads=layer.attn.k_proj.out_features // layer.attn.head_dim,
+        head_dim=layer.attn.head_dim,
+        intermediate_dim=layer.mlp.w1.out_features,
+        vocab_size=decoder.tok_embeddings.num_embeddings,
+        tied=isinstance(decoder.output, TiedLinear),
     )
 
 

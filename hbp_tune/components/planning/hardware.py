@@ -1,7 +1,7 @@
 """What known GPUs reach: figures of data sheets, times the efficiencies that one published set of timings shows."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from hbp_tune.components.planning.errors import ConfigError
 
@@ -11,6 +11,7 @@ class Rates:
     """What one rank reaches; modelled for a known GPU, or fitted to measurements.
 
     Args:
+        machine: what the rates are of, for people.
         token_flops_per_s: operations outside attention.
         square_flops_per_s: operations of attention.
         exchange_bytes_per_s: received by context parallelism from ranks of the same node.
@@ -24,6 +25,7 @@ class Rates:
         ConfigError: a rate is not above 0, or ``micro_step_s`` is below 0.
     """
 
+    machine: str
     token_flops_per_s: float
     square_flops_per_s: float
     exchange_bytes_per_s: float
@@ -34,7 +36,7 @@ class Rates:
     micro_step_s: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in self.__dataclass_fields__:
+        for field in (field.name for field in fields(self) if field.name != "machine"):
             value = getattr(self, field)
             if not (value > 0 or (field == "micro_step_s" and value == 0)):
                 raise ConfigError(f"rates: {field}={value} must be above 0")
@@ -45,33 +47,36 @@ class Gpu:
     """A GPU by its vendor's data sheet.
 
     Args:
+        name: as it is part of the device's name.
         flops_per_s: dense bf16.
         memory_gib: of the usual variant.
         link_bytes_per_s: one way to the other GPUs of its node: NVLink, Infinity Fabric, or PCIe where there is neither.
     """
 
+    name: str
     flops_per_s: float
     memory_gib: float
     link_bytes_per_s: float
 
 
 # First match first: variants before the plain name.
-GPUS = {
-    "H100 PCIe": Gpu(756e12, 80, 64e9),
-    "H100 NVL": Gpu(835e12, 94, 300e9),
-    "H200 NVL": Gpu(835e12, 141, 450e9),
-    "GB200": Gpu(2500e12, 186, 900e9),
-    "B200": Gpu(2250e12, 180, 900e9),
-    "GH200": Gpu(989e12, 96, 450e9),
-    "H200": Gpu(989e12, 141, 450e9),
-    "H100": Gpu(989e12, 80, 450e9),
-    "H800": Gpu(989e12, 80, 200e9),
-    "A100": Gpu(312e12, 80, 300e9),
-    "A800": Gpu(312e12, 80, 200e9),
-    "L40S": Gpu(362e12, 48, 32e9),
-    "L4": Gpu(121e12, 24, 32e9),
-    "MI300X": Gpu(1307e12, 192, 448e9),
-}
+_GPUS = (
+    Gpu("H100 PCIe", 756e12, 80, 64e9),
+    Gpu("H100 NVL", 835e12, 94, 300e9),
+    Gpu("H200 NVL", 835e12, 141, 450e9),
+    Gpu("GB200", 2500e12, 186, 900e9),
+    Gpu("B200", 2250e12, 180, 900e9),
+    Gpu("GH200", 989e12, 96, 450e9),
+    Gpu("H200", 989e12, 141, 450e9),
+    Gpu("H100", 989e12, 80, 450e9),
+    Gpu("H800", 989e12, 80, 200e9),
+    Gpu("A100", 312e12, 80, 300e9),
+    Gpu("A800", 312e12, 80, 200e9),
+    Gpu("L40S", 362e12, 48, 32e9),
+    Gpu("L4", 121e12, 24, 32e9),
+    Gpu("MI300X", 1307e12, 192, 448e9),
+)
+GPUS = {gpu.name: gpu for gpu in _GPUS}
 # One network card of 400 Gb/s for each GPU, as in H100 nodes with InfiniBand NDR.
 _NETWORK_BYTES_PER_S = 50e9
 # What Llama 3.1 8B reached on H100 nodes in the HBP paper: a fit to all twelve timings (benchmarks/paper_groups.py), rounded. Of
@@ -84,7 +89,18 @@ _GATHER_SHARE, _GATHER_NETWORK_SHARE = 0.7, 0.27
 
 def gpu_of(device_name: str) -> Gpu | None:
     """Give the data sheet of a device by its name, such as ``NVIDIA H100 80GB HBM3``; None where it is not known."""
-    return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device_name)), None)
+    return next((gpu for gpu in _GPUS if re.search(rf"\b{gpu.name}\b", device_name)), None)
+
+
+def gpu_named(name: str) -> Gpu:
+    """Give the data sheet of a GPU by its name.
+
+    Raises:
+        ConfigError: it is not known.
+    """
+    if name not in GPUS:
+        raise ConfigError(f"gpu={name!r} is not known; choose from {', '.join(GPUS)}")
+    return GPUS[name]
 
 
 def rates_of(gpu: Gpu, ranks_per_node: int = 8) -> Rates:
@@ -95,6 +111,7 @@ def rates_of(gpu: Gpu, ranks_per_node: int = 8) -> Rates:
         ranks_per_node: GPUs of a node, each with a network card of 400 Gb/s.
     """
     return Rates(
+        machine=gpu.name,
         token_flops_per_s=_TOKEN_SHARE * gpu.flops_per_s,
         square_flops_per_s=_SQUARE_SHARE * gpu.flops_per_s,
         exchange_bytes_per_s=_EXCHANGE_SHARE * gpu.link_bytes_per_s,

@@ -98,6 +98,11 @@ FP32_ADAMW = StateBytes(weight=4, optimizer=8)
 BF16_ADAMW_8BIT = StateBytes(weight=2, optimizer=2 * (1 + 4 / 256))
 
 
+def adamw_bytes(*, weight: int, is_8bit: bool = False) -> StateBytes:
+    """Give the states of AdamW: two in the weights' type, or in 8 bits."""
+    return StateBytes(weight=weight, optimizer=BF16_ADAMW_8BIT.optimizer if is_8bit else 2 * weight)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerActivations:
     """Bytes of one layer's activations in bf16, per token that a rank holds.

@@ -32,7 +32,7 @@ class PlanMetrics:
         p99_imbalance: 99th percentile of the idle share of modelled cost over optimizer steps.
         diversity: how far the steps of the group with most samples differ in what they are made of, over what random
             steps of the same size would; 1 is as random steps, less is steadier, see `diversity_by_group`.
-        epoch_s: modelled seconds of the epoch, on H100 GPUs (`CostModel`).
+        epoch_s: modelled seconds of the epoch (`CostModel`).
     """
 
     dbr: float

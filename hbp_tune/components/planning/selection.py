@@ -21,6 +21,8 @@ SHORTEST_LEN = 2048
 # Plans of at most so many samples stand for all of the data while sets are compared; the best ones are planned again in full.
 _SAMPLES, _FINALISTS, _PLANNED = 30_000, 3, 12
 MAX_GROUPS = 4
+# Fewer tokens of a rank leave its kernels idle, and exchange would wait for latencies that the cost model does not know.
+_SHORTEST_LOCAL_LEN = 512
 # What a further group must bring, as a share of the time: the model is no better than that, and fewer groups mix more samples.
 _WORTH = 0.01
 
@@ -57,6 +59,7 @@ def candidate_groups(
     shortest: int = SHORTEST_LEN,
     max_cp_degree: int | None = None,
     ac_mode: str = "full",
+    must_hold_all: bool = True,
 ) -> tuple[PackingGroup, ...]:
     """List groups that fit: lengths from ``shortest`` on, doubled until they hold the longest sample, at every CP degree.
 
@@ -67,9 +70,10 @@ def candidate_groups(
         shortest: tokens of the shortest packs.
         max_cp_degree: largest CP degree to consider; ``world_size`` where left out.
         ac_mode: of all groups.
+        must_hold_all: whether the longest sample must fit; else longer ones are dropped or truncated (``planner.overlong``).
 
     Returns:
-        At least one that holds the longest sample; where there is none, `check_candidates` says so.
+        At least one, that holds the longest sample if it must; where there is none, `check_candidates` says so.
     """
     degrees = [2**power for power in range(world_size.bit_length()) if world_size % 2**power == 0]
     degrees = [degree for degree in degrees if degree <= (max_cp_degree or world_size)]
@@ -78,12 +82,12 @@ def candidate_groups(
         lengths.append(2 * lengths[-1])
     found = []
     for pack_len, cp_degree in itertools.product(lengths, degrees):
-        if pack_len % (2 * cp_degree):
+        if pack_len % (2 * cp_degree) or pack_len // cp_degree < _SHORTEST_LOCAL_LEN:
             continue
         group = PackingGroup(name=length_name(pack_len), pack_len=pack_len, cp_degree=cp_degree, ac_mode=ac_mode)
         if (ac_layers := fewest(group)) is not None:
             found.append(replace(group, ac_layers=ac_layers))
-    check_candidates(found, longest, cp_degree=degrees[-1])
+    check_candidates(found, longest if must_hold_all else 0, cp_degree=degrees[-1])
     return tuple(found)
 
 
@@ -163,6 +167,11 @@ class GroupSelector:
         """Estimate an epoch's seconds in closed form: every sample in the shortest group that holds it, perfect balance."""
         starts = (0, *(group.pack_len for group in groups[:-1]))
         return sum(self._range_s(group, start) for group, start in zip(groups, starts, strict=True))
+
+    def s_per_token(self, group: PackingGroup) -> float:
+        """Estimate a rank's seconds for each token that it trains, of all samples that the group holds."""
+        tokens = int(self._lengths[self._lengths <= group.pack_len].sum(dtype=np.int64))
+        return self._range_s(group, 0) * self._world_size / tokens if tokens else float("inf")
 
     def epoch_s(self, groups: Sequence[PackingGroup], lengths: NDArray[np.int32]) -> float:
         """Plan an epoch, and give its modelled seconds."""

@@ -102,8 +102,8 @@ def expected_time(plans: Sequence[EpochPlan], cost: CostModel, max_steps: int | 
     first, gpus = plans[0], plans[0].world_size
     epoch_s = float(micro_step_s(first, cost).sum())
     return (
-        f"Modelled for {gpus} H100s: {_duration(epoch_s)} an epoch of {first.num_steps:,} steps, {_duration(run_s)} or "
-        f"{run_s * gpus / 3600:,.1f} GPU hours the run of {run_steps:,} steps."
+        f"Modelled for {gpus} {cost.rates.machine}s: {_duration(epoch_s)} an epoch of {first.num_steps:,} steps, "
+        f"{_duration(run_s)} or {run_s * gpus / 3600:,.1f} GPU hours the run of {run_steps:,} steps."
     )
 
 

@@ -80,7 +80,8 @@ def draw_busy(report: PlanReport, before: MicroSteps, after: MicroSteps) -> Pict
         title=f"Ranks wait {idle} of the time, {naive_idle} in one-length packing",
         body=_before_and_after(report, before, after, [before.busy_s, after.busy_s], "modelled seconds per rank"),
         caption="Each bar is a micro-step, from the rank that is done first to the one that is done last; the dark line is the "
-        "mean. All wait for the last, so that long bars are lost time and flat ones good. Seconds are modelled for H100 GPUs: "
+        f"mean. All wait for the last, so that long bars are lost time and flat ones good. Seconds are modelled for "
+        f"{report.cost.rates.machine} GPUs: "
         "attention, all other layers, recomputation and exchange between the ranks of a pack."
         f"{_notes(report.naive, before, after)}",
     )

@@ -81,7 +81,7 @@ _METRICS = (
     _Metric(
         "epoch_s",
         "Modelled epoch",
-        "Time of an epoch on H100 GPUs by the cost model: good for comparing plans, a first estimate otherwise.",
+        "Time of an epoch by the cost model: good for comparing plans, a first estimate otherwise.",
     ),
     _Metric(
         "idle",
@@ -245,8 +245,8 @@ def _footer(report: PlanReport) -> str:
     seconds = ", ".join(f"{escape(phase)} {value:.2f} s" for phase, value in report.seconds.items())
     took = f"It took: {seconds}. " if seconds else ""
     return (
-        f"<footer><p>{took}All durations of training are modelled for H100 GPUs, none was measured. Hash of the plan, equal on "
-        f"every machine that plans the same: {report.plan.hash}</p></footer>"
+        f"<footer><p>{took}All durations of training are modelled for {report.cost.rates.machine} GPUs, none was measured. "
+        f"Hash of the plan, equal on every machine that plans the same: {report.plan.hash}</p></footer>"
     )
 
 

@@ -40,7 +40,9 @@ def print_plan(
     print_groups(plan, console)
     cost = cost or CostModel()
     ranks = next(iter(compared.values())).world_size
-    print_metrics({name: measure(other, cost) for name, other in compared.items()}, console, ranks=ranks)
+    print_metrics(
+        {name: measure(other, cost) for name, other in compared.items()}, console, ranks=ranks, machine=cost.rates.machine
+    )
 
 
 def print_lengths(lengths: NDArray[np.int32], console: Console) -> None:
@@ -53,10 +55,10 @@ def print_groups(plan: EpochPlan, console: Console) -> None:
     _print(console, _groups_table(plan))
 
 
-def print_metrics(rows: Mapping[str, PlanMetrics], console: Console, *, ranks: int) -> None:
+def print_metrics(rows: Mapping[str, PlanMetrics], console: Console, *, ranks: int, machine: str) -> None:
     """Print the paper's metrics of plans by name, then what they mean in modelled cost and time; the first is ours."""
     _print(console, _metrics_table(rows, ranks))
-    _print(console, _cost_table(rows, ranks))
+    _print(console, _cost_table(rows, ranks, machine))
 
 
 def _print(console: Console, table_and_note: tuple[Table, str]) -> None:
@@ -121,8 +123,8 @@ def _metrics_table(rows: Mapping[str, PlanMetrics], ranks: int) -> tuple[Table, 
     )
 
 
-def _cost_table(rows: Mapping[str, PlanMetrics], ranks: int) -> tuple[Table, str]:
-    table = Table(title=f"Modelled cost and time on {ranks} H100s")
+def _cost_table(rows: Mapping[str, PlanMetrics], ranks: int, machine: str) -> tuple[Table, str]:
+    table = Table(title=f"Modelled cost and time on {ranks} {machine}s")
     for name in ("packing", "CBR", "idle", "p99", "div.", "epoch", "x"):
         table.add_column(name, justify="left" if name == "packing" else "right")
     own_s = next(iter(rows.values())).epoch_s
