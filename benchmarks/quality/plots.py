@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +22,16 @@ class Panel:
         y_label: what is drawn, under the title.
         curves: by name, ``float64[seeds, steps]`` each; the mean is drawn as a line over a band from least to most.
         is_log: draw logarithms, whose means are geometric; the values must be above 0.
+        x_label: what the curves' points are.
+        x_names: of the points, evenly spaced; numbered from 1 where left out.
     """
 
     title: str
     y_label: str
     curves: Mapping[str, NDArray[np.float64]]
     is_log: bool = False
+    x_label: str = "optimizer step"
+    x_names: Sequence[str] = ()
 
 
 def draw(panels: Sequence[Panel]) -> str:
@@ -50,7 +54,9 @@ def draw(panels: Sequence[Panel]) -> str:
 def _panel(panel: Panel) -> str:
     curves = [np.log10(values) if panel.is_log else values for values in panel.curves.values()]
     every = np.concatenate([values.ravel() for values in curves])
-    x = linear_axis(1, max(values.shape[1] for values in curves), "step", whole=True)
+    x = linear_axis(1, max(values.shape[1] for values in curves), panel.x_label, whole=True)
+    if panel.x_names:
+        x = replace(x, ticks=list(enumerate(panel.x_names, start=1)))
     text = (lambda power: f"{10**power:.2g}") if panel.is_log else None
     y = linear_axis(float(every.min()), float(every.max()), panel.y_label, text=text)
     marks = [f'<text y="-24" fill="{INK}" font-weight="bold">{html.escape(panel.title)}</text>']
@@ -62,7 +68,7 @@ def _panel(panel: Panel) -> str:
     for value, text in x.ticks:
         at = WIDTH * float(x.place(value)) / 1000
         marks.append(f'<text x="{at:.1f}" y="{HEIGHT + 16}" text-anchor="middle" fill="{MUTED}">{html.escape(text)}</text>')
-    marks.append(f'<text x="{WIDTH}" y="{HEIGHT + 32}" text-anchor="end" fill="{MUTED}">optimizer step</text>')
+    marks.append(f'<text x="{WIDTH}" y="{HEIGHT + 32}" text-anchor="end" fill="{MUTED}">{html.escape(panel.x_label)}</text>')
     for values, colour in zip(curves, COLOURS, strict=False):
         steps = WIDTH * x.place(np.arange(1, values.shape[1] + 1)) / 1000
         low, mean, high = (HEIGHT * (1 - y.place(line) / 1000) for line in (values.min(0), values.mean(0), values.max(0)))

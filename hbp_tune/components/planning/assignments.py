@@ -1,6 +1,7 @@
 """Other systems' way to share samples over ranks, for comparison: CP degrees mixed within a micro-step, chosen batch by batch."""
 
 import heapq
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,12 +25,16 @@ class MixedDegrees:
         local_len: most tokens of a rank in a micro-step.
         layers_for: recomputed layers by tokens of a rank.
         widenings: factors of the smallest CP degree that long samples are tried with; the fastest is taken.
+        spreads: whether long samples of a batch are spread over its micro-steps, or put together; the faster is taken.
+        more_micro_steps: beyond the fewest that hold the batch, so many more are tried.
         by_attention: balance ``len ** 2`` per rank alone, rather than modelled cost.
     """
 
     local_len: int
     layers_for: LayersFor
     widenings: tuple[int, ...] = (1,)
+    spreads: tuple[bool, ...] = (True,)
+    more_micro_steps: int = 0
     by_attention: bool = False
 
 
@@ -39,7 +44,19 @@ def flexsp(local_len: int, ac_layers: int) -> MixedDegrees:
     Longest processing time first with a choice of degrees, in place of its mixed-integer program, which takes 5 to 15 s a
     batch; one recomputation for all, as its batches have.
     """
-    return MixedDegrees(local_len=local_len, layers_for=lambda local: ac_layers, widenings=(1, 2, 4))
+    return least_makespan(local_len, lambda local: ac_layers)
+
+
+def least_makespan(local_len: int, layers_for: LayersFor) -> MixedDegrees:
+    """Try a dozen ways for each batch, and take the fastest.
+
+    Args:
+        local_len: most tokens of a rank in a micro-step.
+        layers_for: recomputed layers by tokens of a rank.
+    """
+    return MixedDegrees(
+        local_len=local_len, layers_for=layers_for, widenings=(1, 2, 4), spreads=(True, False), more_micro_steps=1
+    )
 
 
 def dynamic_cp(local_len: int, ac_layers: int) -> MixedDegrees:
@@ -86,16 +103,20 @@ def assign_epoch(
     batch_of = (np.cumsum(shuffled) - shuffled) // tokens_per_step
     parts: list[PackWork] = []
     for batch in np.split(shuffled, np.flatnonzero(np.diff(batch_of)) + 1):
-        tried = [_assign_batch(np.sort(batch)[::-1], how, factor, world_size, cost) for factor in how.widenings]
+        descending = np.sort(batch)[::-1]
+        fewest = max(1, -(-int(descending.sum()) // (world_size * how.local_len)))
+        tried: list[PackWork] = []
+        for micro_steps in itertools.count(fewest):
+            tries = itertools.product(how.widenings, how.spreads)
+            packs = [_try_batch(descending, how, *one, world_size, micro_steps, cost) for one in tries]
+            tried += [_work_of(each, how, world_size) for each in packs if each is not None]
+            if tried and micro_steps >= fewest + how.more_micro_steps:
+                break
         parts.append(min(tried, key=lambda work: simulate(work, cost).epoch_s))
     return _joined(parts)
 
 
-def _assign_batch(descending: NDArray[np.int64], how: MixedDegrees, widening: int, world_size: int, cost: CostModel) -> PackWork:
-    """Share out one batch in as few micro-steps as hold it."""
-    micro_steps = max(1, -(-int(descending.sum()) // (world_size * how.local_len)))
-    while (packs := _try_batch(descending, how, widening, world_size, micro_steps, cost)) is None:
-        micro_steps += 1
+def _work_of(packs: Sequence[Sequence["_Pack"]], how: MixedDegrees, world_size: int) -> PackWork:
     flat = [pack for step in packs for pack in step]
     local = [-(-pack.tokens // pack.cp_degree) for pack in flat]
     return PackWork(
@@ -110,16 +131,26 @@ def _assign_batch(descending: NDArray[np.int64], how: MixedDegrees, widening: in
 
 
 def _try_batch(
-    descending: NDArray[np.int64], how: MixedDegrees, widening: int, world_size: int, micro_steps: int, cost: CostModel
+    descending: NDArray[np.int64],
+    how: MixedDegrees,
+    widening: int,
+    spread: bool,
+    world_size: int,
+    micro_steps: int,
+    cost: CostModel,
 ) -> list[list[_Pack]] | None:
-    """Put samples, from long to short, onto the ranks of so many micro-steps; None where they do not fit."""
+    """Put samples, from long to short, onto the ranks of so many micro-steps; None where they do not fit.
+
+    Long samples are spread over the micro-steps, or come together in as few as hold them.
+    """
     free = [world_size] * micro_steps
     packs: list[list[_Pack]] = [[] for _ in range(micro_steps)]
     degrees = [_degree(int(length), how.local_len, widening, world_size) for length in descending]
     num_long = sum(degree > 1 for degree in degrees)
     for length, degree in zip(descending[:num_long].tolist(), degrees[:num_long], strict=True):
-        step = max(range(micro_steps), key=lambda index: free[index])
-        if free[step] >= degree:
+        roomy = [index for index in range(micro_steps) if free[index] >= degree]
+        if roomy:
+            step = max(roomy, key=free.__getitem__) if spread else min(roomy, key=free.__getitem__)
             packs[step].append(_Pack(degree, degree * how.local_len))
             free[step] -= degree
             _put(packs[step][-1], length, how, cost)

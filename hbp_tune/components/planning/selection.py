@@ -145,7 +145,9 @@ class GroupSelector:
         """
         check_candidates(candidates, int(self._lengths.max()), cp_degree=max((g.cp_degree for g in candidates), default=1))
         sets = sorted(self._sets(candidates), key=lambda groups: self.estimate_s(groups))
-        single = min((groups for groups in sets if len(groups) == 1), key=self.estimate_s)
+        # Planned one by one: how well packs of one length balance depends on their CP degree, which the estimate does not see.
+        singles = [(group,) for group in candidates if group.pack_len == sets[0][-1].pack_len]
+        single = min(singles, key=lambda groups: self.epoch_s(groups, self._some))
         sizes = range(1, MAX_GROUPS + 1)
         tried = [groups for size in sizes for groups in [x for x in sets if len(x) == size][: _PLANNED // MAX_GROUPS]]
         planned = sorted(tried, key=lambda groups: self.epoch_s(groups, self._some))

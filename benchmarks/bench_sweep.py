@@ -1,0 +1,279 @@
+"""What balance packing brings by model, data, GPUs, share of long data and context length: modelled, nothing is measured.
+
+    python benchmarks/bench_sweep.py --plots DIR > sweep.md       # some minutes on one core
+    python benchmarks/bench_sweep.py --small                      # half a minute: fewer samples and settings
+
+For every setting the groups are chosen by modelled time and memory (80 GB, H100), as ``hbp_plan groups=auto`` does; beside them are one-length ISF
+in the best single group, LongAlign's two ways, and systems that mix CP degrees within a step. A step has 16K tokens a rank. The ideal
+is perfect balance, no communication, and the least recomputation of all candidates.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from paper_tables import head, row
+from quality.plots import Panel, draw
+
+from hbp_tune.components.planning.assignments import MixedDegrees, assign_epoch, dynamic_cp, flexsp
+from hbp_tune.components.planning.comparison import plan_baseline
+from hbp_tune.components.planning.cost import CostModel, ModelShape
+from hbp_tune.components.planning.distributions import synthetic_lengths
+from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER, DecoderShape, MemoryModel
+from hbp_tune.components.planning.planner import BalancePlanner
+from hbp_tune.components.planning.records import PackingGroup
+from hbp_tune.components.planning.selection import GroupChoice, GroupSelector, candidate_groups
+from hbp_tune.components.planning.simulation import PackWork, Simulation, ideal_s, simulate
+from hbp_tune.components.reporting.choice import describe_set
+
+Lengths = NDArray[np.int32]
+BUDGET_GIB = 79.0
+LOCAL_TOKENS = 16_384
+QWEN2_5_32B = DecoderShape(
+    num_layers=64, embed_dim=5120, num_heads=40, num_kv_heads=8, head_dim=128, intermediate_dim=27_648, vocab_size=152_064
+)
+LLAMA3_1_70B = DecoderShape(
+    num_layers=80, embed_dim=8192, num_heads=64, num_kv_heads=8, head_dim=128, intermediate_dim=28_672, vocab_size=128_256
+)
+MODELS = {"Llama 3.1 8B": LLAMA3_1_8B_DECODER, "Qwen2.5 32B": QWEN2_5_32B, "Llama 3.1 70B": LLAMA3_1_70B}
+MIXTURES = ("tulu3_longcite", "openhermes_longcite", "tulu3_longwriter")
+NEEDED_SHARE = 0.9
+
+
+def cost_of(shape: DecoderShape) -> CostModel:
+    """Make the cost model of a decoder on H100s."""
+    return CostModel(
+        ModelShape(
+            num_layers=shape.num_layers,
+            linear_params=shape.num_params - (0 if shape.tied else shape.vocab_params),
+            attention_dim=shape.num_heads * shape.head_dim,
+            kv_dim=shape.num_kv_heads * shape.head_dim,
+            head_params=shape.vocab_params,
+            gathered_params=shape.num_params,
+        )
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One cell of the sweep, its groups chosen.
+
+    Args:
+        lengths: ``int32[num_samples]``.
+        shape: of the model.
+        world_size: GPUs.
+
+    Raises:
+        ConfigError: nothing fits, from the choice of candidates.
+    """
+
+    lengths: Lengths
+    shape: DecoderShape
+    world_size: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        return LOCAL_TOKENS * self.world_size
+
+    def run(self, *, others: bool = False) -> "Result":
+        """Choose groups, plan, and simulate; ``others`` adds the other systems."""
+        cost = cost_of(self.shape)
+        memory = MemoryModel(self.shape, world_size=self.world_size, accumulation="sharded")
+        fewest = partial(memory.fewest_ac_layers, budget_gib=BUDGET_GIB)
+        candidates = candidate_groups(int(self.lengths.max()), fewest, world_size=self.world_size, max_cp_degree=64)
+        planner = BalancePlanner(self.tokens_per_step)
+        choice = GroupSelector(self.lengths, planner=planner, cost=cost, world_size=self.world_size).select(candidates)
+        single = choice.one_length[0]
+        baseline = partial(
+            plan_baseline,
+            lengths=self.lengths,
+            group=single,
+            world_size=self.world_size,
+            seed=0,
+            tokens_per_step=self.tokens_per_step,
+        )
+        works = {"isf": PackWork.of_plan(baseline("isf"))}
+        for name, plan_with in (("hbp", planner), ("paper mode", BalancePlanner(self.tokens_per_step, mode="paper"))):
+            ones = np.ones_like(self.lengths)
+            plan = plan_with.plan(self.lengths, ones, choice.groups, world_size=self.world_size, seed=0, cost=cost)
+            works[name] = PackWork.of_plan(plan)
+        if others:
+            works |= {name: PackWork.of_plan(baseline(name)) for name in ("longalign_packing", "longalign_sorted")}
+            works |= self._mixed(single, choice.groups, cost)
+        least = min(candidates, key=lambda group: (group.ac_layers, group.pack_len))
+        return Result(
+            choice=choice,
+            runs={name: simulate(work, cost) for name, work in works.items()},
+            ideal_s=ideal_s(self.lengths, cost, least, self.world_size),
+        )
+
+    def _mixed(self, single: PackingGroup, groups: Sequence[PackingGroup], cost: CostModel) -> dict[str, PackWork]:
+        """Share the samples out with CP degrees mixed in each step."""
+        local_len = single.pack_len // single.cp_degree
+        by_local = {group.pack_len // group.cp_degree: group.ac_layers for group in (*groups, single)}
+
+        def layers_for(local: int) -> int:
+            return next((by_local[most] for most in sorted(by_local) if local <= most), max(by_local.values()))
+
+        ways = {
+            "flexsp": flexsp(local_len, single.ac_layers),
+            "dynamic cp": dynamic_cp(local_len, single.ac_layers),
+            # Our own groups' recomputation by local length, were a step to mix CP degrees.
+            "mixed steps": MixedDegrees(local_len=max(by_local), layers_for=layers_for, widenings=(1, 2, 4)),
+        }
+        assign = partial(assign_epoch, self.lengths, tokens_per_step=self.tokens_per_step, world_size=self.world_size, cost=cost)
+        return {name: assign(way) for name, way in ways.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a setting gave."""
+
+    choice: GroupChoice
+    runs: dict[str, Simulation]
+    ideal_s: float
+
+    def speed_up(self, name: str = "hbp") -> float:
+        return self.runs["isf"].epoch_s / self.runs[name].epoch_s
+
+    @property
+    def ideal_speed_up(self) -> float:
+        return self.runs["isf"].epoch_s / self.ideal_s
+
+    @property
+    def of_ideal(self) -> float:
+        return self.ideal_s / self.runs["hbp"].epoch_s
+
+    def where_it_goes(self) -> str:
+        """Say what keeps the plan from the ideal: shares of its time."""
+        shares = self.runs["hbp"].shares
+        lost = {name: shares[name] for name in ("idle", "exchange", "recompute", "gather", "fixed")}
+        return ", ".join(f"{name} {share:.0%}" for name, share in lost.items() if share >= 0.005) or "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="fewer samples and settings")
+    parser.add_argument("--plots", type=Path, help="folder for the curves")
+    arguments = parser.parse_args()
+    num_samples = 40_000 if arguments.small else None
+    worlds = (8, 32) if arguments.small else (8, 64, 256, 1024)
+    pictures = {
+        "gpus": by_gpus(num_samples, worlds),
+        "long_share": by_long_share(20_000 if arguments.small else 300_000, 32),
+        "context": by_context(20_000 if arguments.small else 300_000, 64),
+    }
+    if arguments.plots:
+        arguments.plots.mkdir(parents=True, exist_ok=True)
+        for name, picture in pictures.items():
+            (arguments.plots / f"sweep_{name}.svg").write_text(picture)
+
+
+def _line(result: Result) -> list[Any]:
+    cells = [f"{result.speed_up():.2f}", f"{result.speed_up('paper mode'):.2f}", f"{result.ideal_speed_up:.2f}"]
+    share = f"{result.of_ideal:.1%}" if result.of_ideal >= NEEDED_SHARE else f"_{result.of_ideal:.1%}_"
+    return [
+        describe_set(result.choice.groups),
+        describe_set([result.choice.one_length[0]]),
+        *cells,
+        share,
+        result.where_it_goes(),
+    ]
+
+
+_COLUMNS = ("groups", "one length", "HBP", "paper mode", "ideal", "of the ideal", "the rest")
+
+
+def by_gpus(num_samples: int | None, worlds: Sequence[int]) -> str:
+    print("## By model, data and GPUs: speed-up over ISF at one length\n")
+    head("model", "data", "GPUs", *_COLUMNS)
+    others: list[tuple[str, Result]] = []
+    panels = []
+    for mixture in MIXTURES:
+        lengths, _ = synthetic_lengths(mixture, num_samples)
+        curves: dict[str, list[float]] = {}
+        for name, shape in MODELS.items():
+            for world_size in worlds:
+                with_others = name == "Llama 3.1 8B" and world_size == worlds[1]
+                try:
+                    result = Setting(lengths=lengths, shape=shape, world_size=world_size).run(others=with_others)
+                except ConfigError:
+                    row(name, mixture, world_size, "does not fit", *[None] * 6)
+                    continue
+                row(name, mixture, world_size, *_line(result))
+                curves.setdefault(name, []).append(result.speed_up())
+                if with_others:
+                    others.append((f"{mixture}, {world_size} GPUs", result))
+        # Curves of models that do not fit on the fewest GPUs begin later; they are drawn from the right.
+        most = max(len(values) for values in curves.values())
+        drawn = {name: np.array([[values[0]] * (most - len(values)) + values]) for name, values in curves.items()}
+        panels.append(Panel(title=mixture, y_label="speed-up", curves=drawn, x_label="GPUs", x_names=[str(n) for n in worlds]))
+    print()
+    other_systems(others)
+    return draw(panels)
+
+
+def other_systems(results: Sequence[tuple[str, Result]]) -> None:
+    names = list(results[0][1].runs)
+    print("## Other systems, Llama 3.1 8B: speed-up over ISF at one length, idle share in brackets\n")
+    head("data", *names)
+    for name, result in results:
+        row(name, *(f"{result.speed_up(run):.2f} ({result.runs[run].shares['idle']:.1%})" for run in names))
+    print()
+
+
+def by_long_share(num_short: int, world_size: int) -> str:
+    print(f"## By share of long data: Llama 3.1 8B, {world_size} GPUs, Tulu 3 with LongCite\n")
+    head("long samples", "share of tokens over 16K", *_COLUMNS)
+    lengths, sources = synthetic_lengths("tulu3_longcite")
+    short, long = lengths[sources == 0][:num_short], np.tile(lengths[sources == 1], 100)
+    results, names = [], []
+    for share in (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1):
+        mixed = np.concatenate((short, long[: max(8, int(share * num_short))]))
+        results.append(Setting(lengths=mixed, shape=LLAMA3_1_8B_DECODER, world_size=world_size).run())
+        over = mixed[mixed > 16_384].sum(dtype=np.int64) / mixed.sum(dtype=np.int64)
+        names.append(f"{over:.0%}")
+        row(f"{share:.2%}", f"{over:.1%}", *_line(results[-1]))
+    print()
+    return _picture("Tulu 3 and LongCite", results, "share of tokens in samples over 16K", names)
+
+
+def by_context(num_short: int, world_size: int) -> str:
+    print(f"## By context length: Llama 3.1 8B, {world_size} GPUs, Tulu 3 to 16K, LongCite stretched to the length\n")
+    head("context", *_COLUMNS)
+    lengths, sources = synthetic_lengths("tulu3_longcite")
+    short, long = lengths[sources == 0][:num_short], lengths[sources == 1]
+    results, names = [], []
+    for context in (32_768, 65_536, 131_072, 262_144, 524_288, 1_048_576):
+        stretched = np.maximum(1, long.astype(np.int64) * context // 131_072).astype(np.int32)
+        # As many tokens of long samples in each, so that only their length differs.
+        kept = stretched[: max(8, int(len(long) * num_short / 939_343 * 131_072 / context))]
+        mixed = np.concatenate((np.minimum(short, 16_384), np.resize(kept, max(8, len(kept)))))
+        names.append(f"{context // 1024}K")
+        try:
+            results.append(Setting(lengths=mixed, shape=LLAMA3_1_8B_DECODER, world_size=world_size).run())
+        except ConfigError as error:
+            row(names.pop(), str(error), *[None] * 6)
+            continue
+        row(names[-1], *_line(results[-1]))
+    print()
+    return _picture("Tulu 3 with samples as long as the context", results, "context", names)
+
+
+def _picture(title: str, results: Sequence[Result], x_label: str, names: Sequence[str]) -> str:
+    curves = {
+        "HBP": np.array([[result.speed_up() for result in results]]),
+        "paper mode": np.array([[result.speed_up("paper mode") for result in results]]),
+        "ideal": np.array([[result.ideal_speed_up for result in results]]),
+    }
+    return draw([Panel(title=title, y_label="speed-up over ISF at one length", curves=curves, x_label=x_label, x_names=names)])
+
+
+if __name__ == "__main__":
+    main()
