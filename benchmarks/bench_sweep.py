@@ -3,9 +3,9 @@
     python benchmarks/bench_sweep.py --plots DIR > sweep.md       # some minutes on one core
     python benchmarks/bench_sweep.py --small                      # half a minute: fewer samples and settings
 
-For every setting the groups are chosen by modelled time and memory (80 GB, H100), as ``hbp_plan groups=auto`` does; beside them are one-length ISF
-in the best single group, LongAlign's two ways, and systems that mix CP degrees within a step. A step has 16K tokens a rank. The ideal
-is perfect balance, no communication, and the least recomputation of all candidates.
+For every setting the groups are chosen by modelled time and memory (80 GB, H100), as ``hbp_plan groups=auto`` does; beside them are
+one-length ISF in the CP degree that is fastest for it, LongAlign's two ways, and systems that mix CP degrees within a step. A step
+has 16K tokens a rank. The ideal is perfect balance, no communication, and the least recomputation of all candidates.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from paper_tables import head, row
 from quality.plots import Panel, draw
 
-from hbp_tune.components.planning.assignments import MixedDegrees, assign_epoch, dynamic_cp, flexsp
+from hbp_tune.components.planning.assignments import assign_epoch, dynamic_cp, flexsp, least_makespan
 from hbp_tune.components.planning.comparison import plan_baseline
 from hbp_tune.components.planning.cost import CostModel, ModelShape
 from hbp_tune.components.planning.distributions import synthetic_lengths
@@ -28,7 +28,7 @@ from hbp_tune.components.planning.errors import ConfigError
 from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER, DecoderShape, MemoryModel
 from hbp_tune.components.planning.planner import BalancePlanner
 from hbp_tune.components.planning.records import PackingGroup
-from hbp_tune.components.planning.selection import GroupChoice, GroupSelector, candidate_groups
+from hbp_tune.components.planning.selection import GroupSelector, candidate_groups
 from hbp_tune.components.planning.simulation import PackWork, Simulation, ideal_s, simulate
 from hbp_tune.components.reporting.choice import describe_set
 
@@ -89,26 +89,25 @@ class Setting:
         candidates = candidate_groups(int(self.lengths.max()), fewest, world_size=self.world_size, max_cp_degree=64)
         planner = BalancePlanner(self.tokens_per_step)
         choice = GroupSelector(self.lengths, planner=planner, cost=cost, world_size=self.world_size).select(candidates)
-        single = choice.one_length[0]
         baseline = partial(
-            plan_baseline,
-            lengths=self.lengths,
-            group=single,
-            world_size=self.world_size,
-            seed=0,
-            tokens_per_step=self.tokens_per_step,
+            plan_baseline, lengths=self.lengths, world_size=self.world_size, seed=0, tokens_per_step=self.tokens_per_step
         )
-        works = {"isf": PackWork.of_plan(baseline("isf"))}
+        # One-length packing in the CP degree that is fastest for it.
+        strategies = [group for group in candidates if group.pack_len == choice.groups[-1].pack_len]
+        isf = {group: PackWork.of_plan(baseline("isf", group=group)) for group in strategies}
+        single = min(isf, key=lambda group: simulate(isf[group], cost).epoch_s)
+        works = {"isf": isf[single]}
         for name, plan_with in (("hbp", planner), ("paper mode", BalancePlanner(self.tokens_per_step, mode="paper"))):
             ones = np.ones_like(self.lengths)
             plan = plan_with.plan(self.lengths, ones, choice.groups, world_size=self.world_size, seed=0, cost=cost)
             works[name] = PackWork.of_plan(plan)
         if others:
-            works |= {name: PackWork.of_plan(baseline(name)) for name in ("longalign_packing", "longalign_sorted")}
+            works |= {name: PackWork.of_plan(baseline(name, group=single)) for name in ("longalign_packing", "longalign_sorted")}
             works |= self._mixed(single, choice.groups, cost)
         least = min(candidates, key=lambda group: (group.ac_layers, group.pack_len))
         return Result(
-            choice=choice,
+            groups=choice.groups,
+            one_length=single,
             runs={name: simulate(work, cost) for name, work in works.items()},
             ideal_s=ideal_s(self.lengths, cost, least, self.world_size),
         )
@@ -125,7 +124,7 @@ class Setting:
             "flexsp": flexsp(local_len, single.ac_layers),
             "dynamic cp": dynamic_cp(local_len, single.ac_layers),
             # Our own groups' recomputation by local length, were a step to mix CP degrees.
-            "mixed steps": MixedDegrees(local_len=max(by_local), layers_for=layers_for, widenings=(1, 2, 4)),
+            "mixed steps": least_makespan(max(by_local), layers_for),
         }
         assign = partial(assign_epoch, self.lengths, tokens_per_step=self.tokens_per_step, world_size=self.world_size, cost=cost)
         return {name: assign(way) for name, way in ways.items()}
@@ -135,7 +134,8 @@ class Setting:
 class Result:
     """What a setting gave."""
 
-    choice: GroupChoice
+    groups: tuple[PackingGroup, ...]
+    one_length: PackingGroup
     runs: dict[str, Simulation]
     ideal_s: float
 
@@ -179,8 +179,8 @@ def _line(result: Result) -> list[Any]:
     cells = [f"{result.speed_up():.2f}", f"{result.speed_up('paper mode'):.2f}", f"{result.ideal_speed_up:.2f}"]
     share = f"{result.of_ideal:.1%}" if result.of_ideal >= NEEDED_SHARE else f"_{result.of_ideal:.1%}_"
     return [
-        describe_set(result.choice.groups),
-        describe_set([result.choice.one_length[0]]),
+        describe_set(result.groups),
+        describe_set([result.one_length]),
         *cells,
         share,
         result.where_it_goes(),
