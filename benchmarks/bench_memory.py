@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from measuring import device, join_world, machine, pack_batch, random_decoder
+from measuring import device, join_world, machine, random_decoder
 
 from hbp_tune.components import (
     GroupSwitch,
@@ -27,6 +27,7 @@ from hbp_tune.components import (
     select_attention,
     separate_units,
 )
+from hbp_tune.components.data.made import random_batch
 from hbp_tune.components.planning.memory import (
     BF16_ADAMW,
     BF16_ADAMW_8BIT,
@@ -190,7 +191,7 @@ def measured_step(shape: DecoderShape, group: PackingGroup) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     attention, _ = select_attention("auto", on, torch.bfloat16)
     switch = GroupSwitch(layers, build_cp_meshes([], on.type), attention, Ulysses())
-    batch = pack_batch([group.pack_len], group, shape.vocab_size).to(on)
+    batch = random_batch([group.pack_len], group, shape.vocab_size).to(on)
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
         context = switch.activate(batch)

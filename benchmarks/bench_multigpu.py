@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measuring import default_shape, device, join_world, machine, pack_batch, random_decoder, step_flops, timed, with_layers
+from measuring import default_shape, device, join_world, machine, random_decoder, step_flops, timed, with_layers
 from torch import Tensor
 
 from hbp_tune.components import (
@@ -36,6 +36,7 @@ from hbp_tune.components import (
     separate_units,
 )
 from hbp_tune.components.data.batch import Spans
+from hbp_tune.components.data.made import random_batch
 from hbp_tune.components.parallel.context_parallel import ContextParallel
 from hbp_tune.components.planning.exchange import moved_heads
 from hbp_tune.components.planning.memory import DecoderShape
@@ -125,7 +126,7 @@ def step(group: PackingGroup, shape: DecoderShape, size: Size, on: torch.device)
     attention, _ = select_attention("auto", on, dtype)
     switch = GroupSwitch(layers, build_cp_meshes([degrees], on.type), attention, Ulysses())
     cp_rank = dist.get_rank() % group.cp_degree
-    batch = pack_batch([group.pack_len], group, shape.vocab_size, degrees=degrees, cp_rank=cp_rank).to(on)
+    batch = random_batch([group.pack_len], group, shape.vocab_size, degrees=degrees, cp_rank=cp_rank).to(on)
 
     def work() -> None:
         context = switch.activate(batch)

@@ -29,7 +29,6 @@ from measuring import (
     machine,
     matmul_flops_per_s,
     mixed_doc_lens,
-    pack_batch,
     random_decoder,
     step_flops,
     timed,
@@ -55,6 +54,7 @@ from hbp_tune.components import (
     select_attention,
     separate_units,
 )
+from hbp_tune.components.data.made import random_batch
 from hbp_tune.components.planning.hardware import gpu_of
 from hbp_tune.components.planning.memory import BF16_ADAMW, DecoderShape
 
@@ -132,7 +132,7 @@ def stock_step(case: Case, shape: DecoderShape, batch: PackBatch, on: torch.devi
 def measure(case: Case, shape: DecoderShape, doc_lens: list[int], on: torch.device, *, steps: int) -> tuple[float, float]:
     """Give the median seconds of a step and the peak GiB of tensors (0 on a CPU)."""
     group = PackingGroup(name="pack", pack_len=sum(doc_lens), ac_layers=case.ac_layers)
-    batch = pack_batch(doc_lens, group, shape.vocab_size).to(on)
+    batch = random_batch(doc_lens, group, shape.vocab_size).to(on)
     gc.collect()  # what the case before has left, a failed one too: FSDP's modules refer to each other
     if on.type == "cuda":
         torch.cuda.empty_cache()

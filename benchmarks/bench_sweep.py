@@ -3,9 +3,9 @@
     python benchmarks/bench_sweep.py --plots DIR > sweep.md       # some minutes on one core
     python benchmarks/bench_sweep.py --small                      # half a minute: fewer samples and settings
 
-For every setting the groups are chosen by modelled time and memory (80 GB, H100), as ``hbp_plan groups=auto`` does; beside them are
-one-length ISF in the CP degree that is fastest for it, LongAlign's two ways, and systems that mix CP degrees within a step. A step
-has 16K tokens a rank. The ideal is perfect balance, no communication, and the least recomputation of all candidates.
+For every setting the groups are chosen by modelled time and memory (80 GB, H100), as ``hbp_plan groups=auto`` does; beside them
+are one-length ISF in the CP degree that is fastest for it, LongAlign's two ways, and systems that mix CP degrees within a step. A
+step has 16K tokens a rank. The ideal is perfect balance, no communication, and the least recomputation of all candidates.
 """
 
 import argparse

@@ -17,10 +17,8 @@ from torch import nn
 from torchtune import training
 from torchtune.models.llama3 import llama3
 
-from hbp_tune.components import CpDegrees, ModelShape, PackBatch, PackingGroup, read_lengths, synthetic_lengths
-from hbp_tune.components.data.batch import IGNORE_INDEX, Spans
+from hbp_tune.components import ModelShape, read_lengths, synthetic_lengths
 from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER, DecoderShape
-from hbp_tune.components.planning.sharding import share_of_rank
 
 TINY_DECODER = DecoderShape(
     num_layers=2, embed_dim=256, num_heads=8, num_kv_heads=2, head_dim=32, intermediate_dim=896, vocab_size=4096
@@ -107,32 +105,6 @@ def mixed_doc_lens(pack_len: int, lengths_file: Path | None = None, column: str 
         if sum(doc_lens) == pack_len:
             return doc_lens
     raise SystemExit(f"the lengths up to {pack_len} tokens add up to {sum(doc_lens)}, which does not fill one pack")
-
-
-def pack_batch(
-    doc_lens: Sequence[int], group: PackingGroup, vocab_size: int, *, degrees: CpDegrees | None = None, cp_rank: int = 0
-) -> PackBatch:
-    """One rank's part of a full pack of random tokens; labels are the tokens themselves, each the next one's."""
-    assert sum(doc_lens) == group.pack_len, "benchmarks fill their packs"
-    degrees = degrees or CpDegrees(ulysses=group.cp_degree)
-    part, rows = share_of_rank(doc_lens, group.pack_len, degrees, cp_rank)
-    tokens = torch.randint(vocab_size, (group.pack_len,), generator=torch.Generator().manual_seed(0))
-    labels = tokens.roll(-1)
-    labels[torch.tensor(doc_lens).cumsum(0) - 1] = IGNORE_INDEX
-    weights = (labels != IGNORE_INDEX).float() / (labels != IGNORE_INDEX).sum()
-    positions = torch.cat([torch.arange(length) for length in doc_lens])
-    return PackBatch(
-        tokens=tokens[rows][None],
-        labels=labels[rows][None],
-        input_pos=positions[rows][None],
-        loss_weights=weights[rows][None],
-        spans=Spans.of_part(part),
-        degrees=degrees,
-        group=group,
-        num_tokens=group.pack_len,
-        step=0,
-        is_last_micro_step=True,
-    )
 
 
 def random_decoder(shape: DecoderShape, on: torch.device, max_seq_len: int) -> nn.Module:

@@ -20,6 +20,7 @@ from hbp_tune.components.data.store import TokenStore as TokenStore
 from hbp_tune.components.data.store import default_store_directory as default_store_directory
 from hbp_tune.components.data.store import open_token_store as open_token_store
 from hbp_tune.components.models.hf_config import HFConfig as HFConfig
+from hbp_tune.components.models.parallel_decoder import parallelize_decoder as parallelize_decoder
 from hbp_tune.components.models.rope import with_yarn as with_yarn
 from hbp_tune.components.models.torchtune_decoder import DecoderParts as DecoderParts
 from hbp_tune.components.models.torchtune_decoder import adapt_decoder as adapt_decoder
@@ -71,8 +72,10 @@ from hbp_tune.components.planning.distributions import synthetic_lengths as synt
 from hbp_tune.components.planning.draw import draw_samples as draw_samples
 from hbp_tune.components.planning.errors import ConfigError as ConfigError
 from hbp_tune.components.planning.exchange import AttentionHeads as AttentionHeads
+from hbp_tune.components.planning.fitting import fit_rates as fit_rates
 from hbp_tune.components.planning.hardware import gpu_named as gpu_named
 from hbp_tune.components.planning.hardware import rates_of as rates_of
+from hbp_tune.components.planning.measurements import Measurement as Measurement
 from hbp_tune.components.planning.memory import MemoryModel as MemoryModel
 from hbp_tune.components.planning.memory import adamw_bytes as adamw_bytes
 from hbp_tune.components.planning.metrics import PlanMetrics as PlanMetrics
@@ -90,6 +93,7 @@ from hbp_tune.components.planning.records import check_positions as check_positi
 from hbp_tune.components.planning.records import check_saved_plan as check_saved_plan
 from hbp_tune.components.planning.selection import GroupSelector as GroupSelector
 from hbp_tune.components.planning.selection import candidate_groups as candidate_groups
+from hbp_tune.components.planning.selection import length_name as length_name
 from hbp_tune.components.planning.selection import paper_rule as paper_rule
 from hbp_tune.components.planning.sharding import CpDegrees as CpDegrees
 from hbp_tune.components.planning.stages import ShortFirst as ShortFirst
@@ -98,6 +102,7 @@ from hbp_tune.components.reporting.advice import expected_time as expected_time
 from hbp_tune.components.reporting.advice import headline as headline
 from hbp_tune.components.reporting.advice import plan_warnings as plan_warnings
 from hbp_tune.components.reporting.bad_rows import report_bad_rows as report_bad_rows
+from hbp_tune.components.reporting.choice import describe_set as describe_set
 from hbp_tune.components.reporting.choice import print_choice as print_choice
 from hbp_tune.components.reporting.overlong import report_overlong as report_overlong
 from hbp_tune.components.reporting.page import render_page as render_page
@@ -106,6 +111,10 @@ from hbp_tune.components.reporting.places import RowPlace as RowPlace
 from hbp_tune.components.reporting.plan_files import read_plan as read_plan
 from hbp_tune.components.reporting.plan_files import write_plan as write_plan
 from hbp_tune.components.reporting.plan_files import write_summary as write_summary
+from hbp_tune.components.reporting.profile_files import Profile as Profile
+from hbp_tune.components.reporting.profile_files import check_same as check_same
+from hbp_tune.components.reporting.profile_files import read_profile as read_profile
+from hbp_tune.components.reporting.profile_files import write_profile as write_profile
 from hbp_tune.components.reporting.report import PlanReport as PlanReport
 from hbp_tune.components.reporting.tables import print_groups as print_groups
 from hbp_tune.components.reporting.tables import print_lengths as print_lengths
@@ -116,12 +125,19 @@ from hbp_tune.components.training.disk import export_weights as export_weights
 from hbp_tune.components.training.disk import num_bytes as num_bytes
 from hbp_tune.components.training.faults import StepGuard as StepGuard
 from hbp_tune.components.training.faults import explain_out_of_memory as explain_out_of_memory
+from hbp_tune.components.training.hardware import device_memory_gib as device_memory_gib
+from hbp_tune.components.training.hardware import device_name as device_name
 from hbp_tune.components.training.hardware import peak_flops_per_s as peak_flops_per_s
+from hbp_tune.components.training.hardware import starting_rates as starting_rates
+from hbp_tune.components.training.hardware import versions as versions
 from hbp_tune.components.training.loss import AveTokenLoss as AveTokenLoss
 from hbp_tune.components.training.loss import LongAlignLoss as LongAlignLoss
 from hbp_tune.components.training.loss import SampleMeanLoss as SampleMeanLoss
 from hbp_tune.components.training.loss import SumLoss as SumLoss
 from hbp_tune.components.training.loss import TokenMeanLoss as TokenMeanLoss
+from hbp_tune.components.training.profiling import GroupMeter as GroupMeter
+from hbp_tune.components.training.profiling import fit_group as fit_group
+from hbp_tune.components.training.profiling import states_gib as states_gib
 from hbp_tune.components.training.progress import Position as Position
 from hbp_tune.components.training.progress import ProgressSaver as ProgressSaver
 from hbp_tune.components.training.progress import RunIdentity as RunIdentity

@@ -49,11 +49,8 @@ from hbp_tune.components import (
     StopSignals,
     TokenStore,
     Validator,
-    adapt_decoder,
-    apply_fsdp,
     build,
     build_cp_meshes,
-    build_fsdp_mesh,
     busy_clock,
     check_ac_layers,
     check_config,
@@ -63,7 +60,6 @@ from hbp_tune.components import (
     check_positions,
     check_saved_plan,
     check_targets,
-    compile_layers,
     data_settings,
     default_store_directory,
     describe_layouts,
@@ -74,12 +70,12 @@ from hbp_tune.components import (
     groups_of,
     is_stock_loss,
     join_process_group,
-    make_checkpointable,
     measure_steps,
     model_shape,
     num_bytes,
     open_data,
     pack_loader,
+    parallelize_decoder,
     peak_flops_per_s,
     plan_comparison,
     plan_validation,
@@ -91,7 +87,6 @@ from hbp_tune.components import (
     run_recipe,
     select_attention,
     select_context_parallel,
-    separate_units,
     set_aside,
     setting,
     together,
@@ -233,23 +228,21 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         """Build the decoder without weights, make it parallel, and check that the groups suit it."""
         with training.set_default_dtype(self._dtype), torch.device("meta"):
             model: nn.Module = build("model", cfg.model)
-        self._decoder = adapt_decoder(model, loss_head=self._loss_head)
-        self._layout = partial(self._context_parallel.layout, self._decoder.heads)
         self._cost = CostModel(model_shape(model))
-        for line in (self._why_attention, *describe_layouts(self._context_parallel, self._decoder.heads, self._groups)):
-            utils.log_rank_zero(log, line)
-        check_ac_layers(self._groups, len(self._decoder.layers))
-        if cfg.get("compile"):  # first, so that neither recomputation nor gathering of weights is part of a graph
-            compile_layers(self._decoder.layers, backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))
-        make_checkpointable(self._decoder.layers)  # before FSDP, which must gather weights around the recomputation too
-        apply_fsdp(
+        self._decoder = parallelize_decoder(
             model,
-            (*self._decoder.layers, *separate_units(model, cfg.get("custom_sharded_layers") or ())),
-            build_fsdp_mesh(self._device.type),
+            loss_head=self._loss_head,
+            device_type=self._device.type,
             compute_dtype=self._compute_dtype,
+            compile_backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor") if cfg.get("compile") else None,
+            separate=cfg.get("custom_sharded_layers") or (),
             reshard_after_forward=cfg.get("fsdp_reshard_after_forward", True),
             cpu_offload=self._cpu_offload,
         )
+        self._layout = partial(self._context_parallel.layout, self._decoder.heads)
+        for line in (self._why_attention, *describe_layouts(self._context_parallel, self._decoder.heads, self._groups)):
+            utils.log_rank_zero(log, line)
+        check_ac_layers(self._groups, len(self._decoder.layers))
         return model
 
     def _setup_checkpointer(self, node: DictConfig) -> Any:

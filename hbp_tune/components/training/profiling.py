@@ -1,0 +1,191 @@
+"""Measures packing groups on this machine: seconds, memory, and the fewest recomputed layers that fit."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
+
+from hbp_tune.components.data.dataset import Layout
+from hbp_tune.components.data.made import random_batch
+from hbp_tune.components.parallel.parallelize import GroupSwitch
+from hbp_tune.components.planning.fitting import fit_memory
+from hbp_tune.components.planning.measurements import Measurement
+from hbp_tune.components.planning.records import PackingGroup
+
+GIB = 2**30
+# Layers fewer than all in the second memory probe: the line through both says what one layer needs.
+_PROBED_LAYERS = 2
+
+
+class GroupMeter:
+    """Runs groups with random tokens; every rank must call it with equal arguments.
+
+    On CUDA memory is the allocator's peak. On a CPU it is counted: this rank's weights, gradients and optimizer states, and what
+    autograd saves in the forward; gathered weights and what a backward holds for a moment are left out.
+
+    Args:
+        model: after every parallel technique, its optimizer's states allocated.
+        layers: of the model.
+        switch: to groups.
+        layout: of packs.
+        vocab_size: random tokens are below it.
+        device: of this rank.
+        repeats: micro-steps whose median counts, after one to warm up.
+        states_gib: of this rank: weights, gradients and optimizer states.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        switch: GroupSwitch,
+        layout: Layout,
+        *,
+        vocab_size: int,
+        device: torch.device,
+        repeats: int,
+        states_gib: float,
+    ) -> None:
+        self._model, self._layers, self._switch, self._layout = model, layers, switch, layout
+        self._vocab_size, self._device, self._repeats, self._states_gib = vocab_size, device, repeats, states_gib
+
+    def measure(self, group: PackingGroup, doc_lens: Sequence[int]) -> Measurement:
+        """Run micro-steps of one group, whose packs all hold documents of these lengths.
+
+        A rank that runs out of memory is taken to have company: all have the same shapes, so all fail in the same place.
+        """
+        step = partial(self._micro_step, group, tuple(doc_lens))
+        seconds: list[float] = []
+        peak_gib = 0.0
+        try:
+            peak_gib = self._peak_gib(step)
+            seconds = [self._timed(step) for _ in range(self._repeats)]
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        fits = torch.tensor([float(len(seconds) == self._repeats)], device=self._device)
+        dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+        blank = Measurement(
+            group=group, world_size=dist.get_world_size(), doc_lens=tuple(doc_lens), micro_step_s=None, peak_gib=None
+        )
+        if not fits.item():
+            return blank
+        slowest = torch.tensor([*seconds, peak_gib], device=self._device, dtype=torch.float64)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        *slowest_s, peak_gib = slowest.tolist()
+        return replace(blank, micro_step_s=statistics.median(slowest_s), peak_gib=peak_gib)
+
+    def _micro_step(self, group: PackingGroup, doc_lens: tuple[int, ...]) -> Iterator[None]:
+        """Run a forward, stop for whoever counts what it saved, and run the backward."""
+        degrees = self._layout(group.cp_degree, doc_lens, group.pack_len)
+        cp_rank = dist.get_rank() % group.cp_degree
+        batch = random_batch(doc_lens, group, self._vocab_size, degrees=degrees, cp_rank=cp_rank).to(self._device)
+        context = self._switch.activate(batch)
+        loss: Tensor = self._model(
+            batch.tokens, mask=context, input_pos=batch.input_pos, labels=batch.labels, loss_weights=batch.loss_weights
+        )
+        yield
+        loss.backward()
+        self._model.zero_grad(set_to_none=True)
+
+    def _peak_gib(self, step: Callable[[], Iterator[None]]) -> float:
+        """Give the most memory that this rank holds in a micro-step."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._timed(step)
+            return torch.cuda.max_memory_allocated(self._device) / GIB
+        with _saved_bytes(self._layers) as saved:
+            run = step()
+            next(run)
+        activations_gib = sum(saved.values()) / GIB
+        for _ in run:
+            pass
+        return self._states_gib + activations_gib
+
+    def _timed(self, step: Callable[[], Iterator[None]]) -> float:
+        """Give the seconds of a micro-step, all of it done on the device, from when all ranks begin."""
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in step():
+            pass
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _saved_bytes(layers: Sequence[nn.Module]) -> Iterator[dict[int, int]]:
+    """Count the storages that autograd saves, and the inputs of layers, which checkpoints keep past its hooks."""
+    saved: dict[int, int] = {}
+    kept: list[Tensor] = []  # so that no storage is freed and its place taken by another
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not (tensor.is_leaf and tensor.requires_grad):  # weights are counted by themselves
+            kept.append(tensor)
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def keep_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        keep(args[0])
+
+    handles = [layer.register_forward_pre_hook(keep_input) for layer in layers]
+    try:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield saved
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def states_gib(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """Count this rank's weights, gradients (as many bytes) and optimizer states."""
+
+    def local_bytes(value: object) -> int:
+        local = value.to_local() if isinstance(value, DTensor) else value
+        return local.nbytes if isinstance(local, Tensor) else 0
+
+    weights = sum(local_bytes(parameter) for parameter in model.parameters())
+    states = sum(local_bytes(value) for state in optimizer.state.values() for value in state.values())
+    return (2 * weights + states) / GIB
+
+
+def fit_group(
+    group: PackingGroup, measure: Callable[[PackingGroup, Sequence[int]], Measurement], *, num_layers: int, budget_gib: float
+) -> PackingGroup | None:
+    """Find the fewest recomputed layers with which a group fits (HBP paper, Algorithms 3 and 4: GreedyProfileCkpt).
+
+    Memory is measured with all layers recomputed and with two fewer, a straight line gives the fewest, and running these says
+    whether it is true: a layer more is tried until it is.
+
+    Args:
+        group: all but its ``ac_layers`` counts.
+        measure: runs a group with documents.
+        num_layers: of the model.
+        budget_gib: memory of a rank.
+
+    Returns:
+        The group with its layers; None where it does not fit with all of them.
+    """
+    whole = (group.pack_len,)  # one document: the most that any pack needs
+    probes = [measure(replace(group, ac_layers=num_layers), whole)]
+    if not _is_within(probes[0], budget_gib):
+        return None
+    probes.append(measure(replace(group, ac_layers=max(0, num_layers - _PROBED_LAYERS)), whole))
+    fewest = num_layers
+    if probes[1].fits:
+        predicted = fit_memory(probes, num_layers).fewest_ac_layers(group, budget_gib)
+        fewest = num_layers if predicted is None else predicted
+    while not _is_within(measure(replace(group, ac_layers=fewest), whole), budget_gib):
+        fewest += 1
+    return replace(group, ac_layers=fewest)
+
+
+def _is_within(measured: Measurement, budget_gib: float) -> bool:
+    return measured.peak_gib is not None and measured.peak_gib <= budget_gib

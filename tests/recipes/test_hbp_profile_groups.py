@@ -1,0 +1,102 @@
+"""`hbp_profile_groups` on real ranks: what it measures, chooses, saves, takes up again, and refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from omegaconf import DictConfig
+
+from hbp_tune.components.config.group_files import groups_of
+from hbp_tune.components.training.profiling import GroupMeter
+from hbp_tune.recipes.hbp_profile_groups import HBPProfileGroupsRecipe
+from tests.helpers import mixed_lengths, recipe_config
+from tests.ranks import RankError, RankPool
+
+GROUPS = [{"name": "all", "pack_len": 512}]
+
+
+def profile_job(cfg: DictConfig) -> tuple[list[Any], int]:
+    """Profile inside a pool; give the groups that fit, and how many runs of a group were made."""
+    runs = 0
+    measure = GroupMeter.measure
+
+    def counting(self: GroupMeter, *args: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return measure(self, *args)
+
+    GroupMeter.measure = counting  # type: ignore[method-assign]
+    try:
+        recipe = HBPProfileGroupsRecipe(cfg)
+        recipe.setup(cfg)
+        fitting = recipe.profile()
+        recipe.choose(fitting)
+    finally:
+        GroupMeter.measure = measure  # type: ignore[method-assign]
+    return fitting, runs
+
+
+def config(tmp_path: Path) -> DictConfig:
+    np.save(tmp_path / "lengths.npy", np.array(mixed_lengths(200, 900, seed=3)))
+    cfg = recipe_config(tmp_path, [1], GROUPS, profile={"shortest": 512, "repeats": 2})
+    cfg.lengths = str(tmp_path / "lengths.npy")
+    return cfg
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_groups_are_measured_chosen_and_saved(ranks: Callable[[int], RankPool], tmp_path: Path, world_size: int) -> None:
+    cfg = config(tmp_path)
+    results = ranks(world_size).run(profile_job, cfg)
+    fitting, runs = results[0]
+    assert all(result == results[0] for result in results), "all ranks agree"
+    degrees = {1, 2}  # a rank holds 512 tokens at least
+    assert {(group.pack_len, group.cp_degree) for group in fitting} == {(512, 1), *((1024, degree) for degree in degrees)}
+    assert {group.ac_layers for group in fitting} == {0}, "there is memory to spare"
+    saved = json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert len(saved["measurements"]) == runs == 3 * len(fitting), "two memory probes and the choice; packs are short"
+    assert saved["machine"]["ranks"] == world_size
+    peaks = {
+        (m["group"]["pack_len"], m["group"]["cp_degree"], m["group"]["ac_layers"]): m["peak_gib"] for m in saved["measurements"]
+    }
+    assert peaks[1024, 1, 0] > peaks[1024, 1, 3] > 0, "recomputing saves memory"
+    assert peaks[1024, 1, 0] > peaks[512, 1, 0]
+    assert peaks[1024, 1, 0] > peaks[1024, 2, 0], "so does sharing"
+    cfg.groups_file = str(tmp_path / "out" / "groups.yaml")
+    assert groups_of(cfg)[-1].pack_len == 1024
+
+
+def test_a_profile_goes_on_where_it_stopped(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    cfg, path = config(tmp_path), tmp_path / "out" / "profile.json"
+    fitting, runs = ranks(2).run(profile_job, cfg)[0]
+    assert ranks(2).run(profile_job, cfg)[0] == (fitting, 0)
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {"measurements": saved["measurements"][:4]}))
+    assert ranks(2).run(profile_job, cfg)[0] == (fitting, runs - 4)
+    cfg.profile.force = True
+    assert ranks(2).run(profile_job, cfg)[0] == (fitting, runs)
+
+
+def test_another_model_is_refused(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    ranks(2).run(profile_job, cfg)
+    cfg.model.num_layers = 2
+    with pytest.raises(RankError, match=r"was measured with model.num_layers=3, this run has 2: .* profile.force=True"):
+        ranks(2).run(profile_job, cfg)
+
+
+def test_memory_decides_the_recomputed_layers(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    ranks(2).run(profile_job, cfg)
+    saved = json.loads((tmp_path / "out" / "profile.json").read_text())["measurements"]
+    peaks = {
+        m["group"]["ac_layers"]: m["peak_gib"] for m in saved if m["group"]["pack_len"] == 1024 and m["group"]["cp_degree"] == 1
+    }
+    cfg.memory_gib = (peaks[1] + peaks[0]) / 2
+    fitting, _ = ranks(2).run(profile_job, cfg)[0]
+    assert {group.ac_layers for group in fitting if group.pack_len == 1024 and group.cp_degree == 1} == {1}
+    cfg.memory_gib = 1e-6
+    with pytest.raises(RankError, match="no packing group fits into memory"):
+        ranks(2).run(profile_job, cfg)
