@@ -79,6 +79,7 @@ class Setting:
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of a step over all ranks."""
         return LOCAL_TOKENS * self.world_size
 
     def run(self, *, others: bool = False) -> "Result":
@@ -140,14 +141,17 @@ class Result:
     ideal_s: float
 
     def speed_up(self, name: str = "hbp") -> float:
+        """Compare with ISF at one length."""
         return self.runs["isf"].epoch_s / self.runs[name].epoch_s
 
     @property
     def ideal_speed_up(self) -> float:
+        """Give the bound of all speed-ups."""
         return self.runs["isf"].epoch_s / self.ideal_s
 
     @property
     def of_ideal(self) -> float:
+        """Give the share of the bound that HBP reaches."""
         return self.ideal_s / self.runs["hbp"].epoch_s
 
     def where_it_goes(self) -> str:
