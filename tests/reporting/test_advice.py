@@ -5,7 +5,9 @@ import numpy as np
 from hbp_tune.components.planning.cost import CostModel, ModelShape
 from hbp_tune.components.planning.metrics import PlanMetrics, measure
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup
+from hbp_tune.components.planning.simulation import PackWork, simulate
 from hbp_tune.components.reporting.advice import expected_time, headline, plan_warnings
+from hbp_tune.components.reporting.charts import write_share
 
 SHORT = PackingGroup(name="short", pack_len=4096)
 LONG = PackingGroup(name="long", pack_len=32768, cp_degree=4, ac_layers=8)
@@ -157,11 +159,16 @@ def test_time_and_gpu_hours_of_epoch_and_run() -> None:
     assert MIXED.num_steps == 3
     assert expected_time([MIXED], COST) == (
         f"Modelled for 4 H100s: {1000 * epoch_s:.1f} milliseconds an epoch of 3 steps, {1000 * epoch_s:.1f} milliseconds or "
-        f"{4 * epoch_s / 3600:.1f} GPU hours the run of 3 steps."
+        f"{4 * epoch_s / 3600:.1f} GPU hours the run of 3 steps. Of all ranks' time: {shares(MIXED)}."
     )
     assert f", {50 * epoch_s:.1f} minutes or {4 * 3000 * epoch_s / 3600:.1f} GPU hours the run of 9,000 steps." in expected_time(
         many, COST
     )
     short_s = measure(planned(*[(0, [4000])] * 4), COST).epoch_s
     assert f"3 steps, {1000 * (epoch_s + short_s):.1f} milliseconds or" in expected_time(many[:2], COST, max_steps=4)
-    assert expected_time(many[:1], COST, max_steps=1).endswith(" the run of 1 steps.")
+    assert " the run of 1 steps. Of all" in expected_time(many[:1], COST, max_steps=1)
+
+
+def shares(plan: EpochPlan) -> str:
+    spent = simulate(PackWork.of_plan(plan), COST).shares
+    return ", ".join(f"{write_share(share)} {name}" for name, share in spent.items() if share >= 0.005)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from hbp_tune.components.planning.cost import CostModel
 from hbp_tune.components.planning.metrics import PlanMetrics, micro_step_s
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup
+from hbp_tune.components.planning.simulation import PackWork, simulate
 from hbp_tune.components.reporting.charts import time_unit, write_share
 
 # The modelled seconds are not exact enough for less.
@@ -17,6 +18,8 @@ _LEAST_IDLE, _LEAST_SPLIT, _LEAST_RECOMPUTED = 0.02, 0.05, 0.1
 # Of the cost, below which balancing it cannot matter; of the tokens, from which on their exchange cannot be saved.
 _SMALL_ATTENTION = 0.1
 _MUCH_SPLIT = 0.5
+# Of the modelled time, what is worth a word.
+_LEAST_SHOWN = 0.005
 
 
 def headline(plan: EpochPlan, naive: EpochPlan, *, metrics: PlanMetrics, naive_metrics: PlanMetrics, cost: CostModel) -> str:
@@ -86,7 +89,7 @@ def plan_warnings(plan: EpochPlan) -> list[str]:
 
 
 def expected_time(plans: Sequence[EpochPlan], cost: CostModel, max_steps: int | None = None) -> str:
-    """Say how long an epoch and the run take, and what they cost, for people.
+    """Say how long an epoch and the run take, what they cost, and where the time of the first epoch goes, for people.
 
     Args:
         plans: of the run's epochs.
@@ -100,10 +103,13 @@ def expected_time(plans: Sequence[EpochPlan], cost: CostModel, max_steps: int | 
         run_s += float(micro_step_s(plan, cost)[step < num_steps].sum())
         run_steps += num_steps
     first, gpus = plans[0], plans[0].world_size
-    epoch_s = float(micro_step_s(first, cost).sum())
+    epoch = simulate(PackWork.of_plan(first), cost)
+    epoch_s = epoch.epoch_s
+    spent = ", ".join(f"{write_share(share)} {name}" for name, share in epoch.shares.items() if share >= _LEAST_SHOWN)
     return (
         f"Modelled for {gpus} {cost.rates.machine}s: {_duration(epoch_s)} an epoch of {first.num_steps:,} steps, "
-        f"{_duration(run_s)} or {run_s * gpus / 3600:,.1f} GPU hours the run of {run_steps:,} steps."
+        f"{_duration(run_s)} or {run_s * gpus / 3600:,.1f} GPU hours the run of {run_steps:,} steps. "
+        f"Of all ranks' time: {spent}."
     )
 
 
