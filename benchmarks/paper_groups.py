@@ -19,8 +19,9 @@ from hbp_tune.components.planning.fitting import FittedRates, MemoryLine, fit_ra
 from hbp_tune.components.planning.hardware import H100
 from hbp_tune.components.planning.measurements import Measurement
 from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER, MemoryModel
-from hbp_tune.components.planning.metrics import micro_step_s, pack_seconds
+from hbp_tune.components.planning.metrics import micro_step_s
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup
+from hbp_tune.components.planning.simulation import PackWork, simulate
 
 TOKENS_PER_RANK = 16_384
 WORLD_SIZE = 32
@@ -209,10 +210,8 @@ def _seconds(planned: EpochPlan, large: CostModel) -> tuple[float, float]:
 
 def _parts(planned: EpochPlan) -> str:
     """Shares of all ranks' modelled seconds."""
-    seconds, total_s = pack_seconds(planned, COST), micro_step_s(planned, COST).sum() * planned.world_size
-    parts = [seconds.linear, seconds.attention, seconds.recompute, seconds.exchange]
-    shares = [float((part * planned.cp_degrees).sum() / total_s) for part in parts]
-    return ", ".join(f"{share:.0%}" for share in (*shares, 1 - sum(shares)))
+    spent = simulate(PackWork.of_plan(planned), COST).shares
+    return ", ".join(f"{spent[name]:.0%}" for name in ("linear", "attention", "recompute", "exchange", "idle"))
 
 
 def deepseek() -> None:

@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_tune.components.planning.balancing import attention_work
-from hbp_tune.components.planning.cost import CostModel, PackSeconds
+from hbp_tune.components.planning.cost import CostModel
 from hbp_tune.components.planning.records import EpochPlan
 from hbp_tune.components.planning.sharding import padded_len
+from hbp_tune.components.planning.simulation import PackWork, simulate
 
 _NUM_LENGTH_CLASSES = 10
 
@@ -161,20 +162,7 @@ def measure_steps(plan: EpochPlan, cost: CostModel) -> StepMetrics:
 
 def micro_step_s(plan: EpochPlan, cost: CostModel) -> NDArray[np.float64]:
     """Modelled seconds of each micro-step, ``float64[micro-steps]``: its slowest rank, or gathering weights if that is slower."""
-    return np.maximum(np.maximum.reduceat(pack_s(plan, cost), plan.micro_step_starts), cost.gather_s(plan.world_size))
-
-
-def pack_s(plan: EpochPlan, cost: CostModel) -> NDArray[np.float64]:
-    """Modelled seconds that each rank of a pack is busy, ``float64[packs]``, what every micro-step costs included."""
-    return pack_seconds(plan, cost).total + cost.rates.micro_step_s
-
-
-def pack_seconds(plan: EpochPlan, cost: CostModel) -> PackSeconds:
-    """Modelled seconds of each pack by what its ranks do; see `CostModel.pack_seconds`."""
-    ac_layers = np.array([group.ac_layers for group in plan.groups])[plan.pack_group]
-    keeps_attention = np.array([group.ac_mode == "selective" for group in plan.groups])[plan.pack_group]
-    tokens, squares = plan.sum_per_pack(plan.lengths), plan.sum_per_pack(attention_work(plan.lengths))
-    return cost.pack_seconds(tokens, squares, plan.cp_degrees, ac_layers, keeps_attention)
+    return simulate(PackWork.of_plan(plan), cost).micro_step_s
 
 
 def diversity_by_group(plan: EpochPlan, classes: NDArray[np.int16] | None = None) -> NDArray[np.float64]:

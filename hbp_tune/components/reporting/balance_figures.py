@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from hbp_tune.components.planning.balancing import attention_work
 from hbp_tune.components.planning.cost import CostModel
-from hbp_tune.components.planning.metrics import micro_step_s, pack_s
 from hbp_tune.components.planning.records import EpochPlan
+from hbp_tune.components.planning.simulation import PackWork, simulate
 from hbp_tune.components.reporting.charts import (
     GRID,
     INK,
@@ -64,12 +64,13 @@ def describe_micro_steps(plan: EpochPlan, cost: CostModel) -> MicroSteps:
     """Spread work and modelled time over the ranks of every micro-step."""
     starts = plan.micro_step_starts
     squares = plan.sum_per_pack(attention_work(plan.lengths))
+    simulated = simulate(PackWork.of_plan(plan), cost)
     return MicroSteps(
         group=plan.pack_group[starts],
         step=plan.pack_step[starts],
         work=_spread(squares / plan.cp_degrees, starts),
-        busy_s=_spread(pack_s(plan, cost), starts),
-        duration_s=micro_step_s(plan, cost),
+        busy_s=_spread(simulated.busy_s, starts),
+        duration_s=simulated.micro_step_s,
     )
 
 
