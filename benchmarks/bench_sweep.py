@@ -44,6 +44,8 @@ LLAMA3_1_70B = DecoderShape(
 MODELS = {"Llama 3.1 8B": LLAMA3_1_8B_DECODER, "Qwen2.5 32B": QWEN2_5_32B, "Llama 3.1 70B": LLAMA3_1_70B}
 MIXTURES = ("tulu3_longcite", "openhermes_longcite", "tulu3_longwriter")
 NEEDED_SHARE = 0.9
+# Groups are chosen by every fourth sample.
+_SELECTED_BY = 4
 
 
 def cost_of(shape: DecoderShape) -> CostModel:
@@ -89,7 +91,8 @@ class Setting:
         fewest = partial(memory.fewest_ac_layers, budget_gib=BUDGET_GIB)
         candidates = candidate_groups(int(self.lengths.max()), fewest, world_size=self.world_size, max_cp_degree=64)
         planner = BalancePlanner(self.tokens_per_step)
-        choice = GroupSelector(self.lengths, planner=planner, cost=cost, world_size=self.world_size).select(candidates)
+        some = np.append(self.lengths[::_SELECTED_BY], self.lengths.max())  # choosing plans a dozen times
+        choice = GroupSelector(some, planner=planner, cost=cost, world_size=self.world_size).select(candidates)
         baseline = partial(
             plan_baseline, lengths=self.lengths, world_size=self.world_size, seed=0, tokens_per_step=self.tokens_per_step
         )
