@@ -212,14 +212,13 @@ def by_gpus(num_samples: int | None, worlds: Sequence[int]) -> str:
                     result = Setting(lengths=lengths, shape=shape, world_size=world_size).run(others=with_others)
                 except ConfigError:
                     row(name, mixture, world_size, "does not fit", *[None] * 6)
+                    curves.setdefault(name, []).append(float("nan"))  # a gap in the picture
                     continue
                 row(name, mixture, world_size, *_line(result))
                 curves.setdefault(name, []).append(result.speed_up())
                 if with_others:
                     others.append((f"{mixture}, {world_size} GPUs", result))
-        # Curves of models that do not fit on the fewest GPUs begin later; they are drawn from the right.
-        most = max(len(values) for values in curves.values())
-        drawn = {name: np.array([[values[0]] * (most - len(values)) + values]) for name, values in curves.items()}
+        drawn = {name: np.array([values]) for name, values in curves.items()}
         panels.append(Panel(title=mixture, y_label="speed-up", curves=drawn, x_label="GPUs", x_names=[str(n) for n in worlds]))
     print()
     other_systems(others)

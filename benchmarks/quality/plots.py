@@ -20,7 +20,8 @@ class Panel:
     Args:
         title: stands above it.
         y_label: what is drawn, under the title.
-        curves: by name, ``float64[seeds, steps]`` each; the mean is drawn as a line over a band from least to most.
+        curves: by name, ``float64[seeds, steps]`` each; the mean is drawn as a line over a band from least to most. What
+            is not a number is left out.
         is_log: draw logarithms, whose means are geometric; the values must be above 0.
         x_label: what the curves' points are.
         x_names: of the points, evenly spaced; numbered from 1 where left out.
@@ -58,7 +59,7 @@ def _panel(panel: Panel) -> str:
     if panel.x_names:
         x = replace(x, ticks=list(enumerate(panel.x_names, start=1)))
     text = (lambda power: f"{10**power:.2g}") if panel.is_log else None
-    y = linear_axis(float(every.min()), float(every.max()), panel.y_label, text=text)
+    y = linear_axis(float(np.nanmin(every)), float(np.nanmax(every)), panel.y_label, text=text)
     marks = [f'<text y="-24" fill="{INK}" font-weight="bold">{html.escape(panel.title)}</text>']
     marks.append(f'<text y="-8" fill="{MUTED}">{html.escape(panel.y_label)}</text>')
     for value, text in y.ticks:
@@ -71,6 +72,8 @@ def _panel(panel: Panel) -> str:
     marks.append(f'<text x="{WIDTH}" y="{HEIGHT + 32}" text-anchor="end" fill="{MUTED}">{html.escape(panel.x_label)}</text>')
     for values, colour in zip(curves, COLOURS, strict=False):
         steps = WIDTH * x.place(np.arange(1, values.shape[1] + 1)) / 1000
+        there = np.isfinite(values).all(axis=0)
+        steps, values = steps[there], values[:, there]
         low, mean, high = (HEIGHT * (1 - y.place(line) / 1000) for line in (values.min(0), values.mean(0), values.max(0)))
         band = [*zip(steps, low, strict=True), *zip(steps[::-1], high[::-1], strict=True)]
         marks.append(f'<polygon points="{_points(band)}" fill="{colour}" fill-opacity="0.15"/>')
