@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 HAND_MADE = {
-    "1K alone, 8K over 2": [(1024, 1), (8192, 2)],
     "2K alone, 8K over 2": [(2048, 1), (8192, 2)],
-    "1K and 8K alone": [(1024, 1), (8192, 1)],
+    "4K alone, 8K over 2": [(4096, 1), (8192, 2)],
+    "2K and 8K alone": [(2048, 1), (8192, 1)],
 }
 ONE_LENGTH = {"isf, one length over 2": (8192, 2), "isf, one length": (8192, 1)}
 TOKENS_PER_STEP = 32_768
