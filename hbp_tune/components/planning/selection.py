@@ -18,8 +18,9 @@ from hbp_tune.components.planning.records import PackingGroup
 # The fewest recomputed layers with which a group fits, whatever its own; None where it fits with none.
 Fewest = Callable[[PackingGroup], int | None]
 SHORTEST_LEN = 2048
-# Plans of at most so many samples stand for all of the data while sets are compared; the best ones are planned again in full.
-_SAMPLES, _FINALISTS, _PLANNED = 30_000, 3, 12
+# Plans of at most so many samples, more on many ranks, stand for all of the data while sets are compared: fewer would fill less than
+# a step of the long groups. The best ones are planned again in full.
+_SAMPLES, _SAMPLES_PER_RANK, _FINALISTS, _PLANNED = 30_000, 1000, 3, 12
 MAX_GROUPS = 4
 # Fewer tokens of a rank leave its kernels idle, and exchange would wait for latencies that the cost model does not know.
 _SHORTEST_LOCAL_LEN = 512
@@ -130,7 +131,7 @@ class GroupSelector:
     ) -> None:
         self._lengths = lengths
         order = hashed_order(len(lengths), seed=seed, epoch=0, stream="selection")
-        self._some = lengths[order[:_SAMPLES]]
+        self._some = lengths[order[: max(_SAMPLES, _SAMPLES_PER_RANK * world_size)]]
         self._planner, self._cost, self._world_size, self._seed = planner, cost, world_size, seed
 
     def select(self, candidates: Sequence[PackingGroup]) -> GroupChoice:
