@@ -18,8 +18,8 @@ from hbp_tune.components.planning.records import PackingGroup
 # The fewest recomputed layers with which a group fits, whatever its own; None where it fits with none.
 Fewest = Callable[[PackingGroup], int | None]
 SHORTEST_LEN = 2048
-# Plans of at most so many samples, more on many ranks, stand for all of the data while sets are compared: fewer would fill less than
-# a step of the long groups. The best ones are planned again in full.
+# Plans of at most so many samples, more on many ranks, stand for all of the data while sets are compared: fewer would fill less
+# than a step of the long groups. The best ones are planned again in full.
 _SAMPLES, _SAMPLES_PER_RANK, _FINALISTS, _PLANNED = 30_000, 1000, 3, 12
 MAX_GROUPS = 4
 # Fewer tokens of a rank leave its kernels idle, and exchange would wait for latencies that the cost model does not know.
