@@ -8,8 +8,9 @@ on the ranks that will train. Every configuration of ``hbp_full_finetune_distrib
 saved after each run of a group, and used again: a profile that was cut off goes on where it stopped.
 """
 
+import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
@@ -76,6 +77,17 @@ from hbp_tune.components import (
 log = utils.get_logger("INFO")
 # Documents of a pack beside the one of full length: what most samples of fine-tuning data have.
 TYPICAL_LEN = 1024
+# What seconds and memory depend on, besides the model's shape and what is chosen for the machine.
+SETTINGS = (
+    *("dtype", "compute_dtype", "compile", "custom_sharded_layers", "loss_head"),
+    *("fsdp_reshard_after_forward", "fsdp_cpu_offload", "fsdp_sharded_accumulation"),
+)
+
+
+def typical_docs(pack_len: int) -> tuple[int, ...]:
+    """Fill a pack with documents of the typical length, and a shorter one with what is left."""
+    whole, rest = divmod(pack_len, TYPICAL_LEN)
+    return (TYPICAL_LEN,) * whole + ((rest,) if rest else ())
 
 
 class HBPProfileGroupsRecipe:
@@ -126,10 +138,21 @@ class HBPProfileGroupsRecipe:
     def setup(self, cfg: DictConfig) -> None:
         """Find the lengths of the data, build the model as training does, and take up an earlier profile."""
         self._lengths = self._read_lengths(cfg)
+        self._build_model(cfg)
+        self._candidates = self._list_candidates()
+        degrees = {group.cp_degree for group in self._candidates}
+        layouts = [x for degree in sorted(degrees) for x in self._context_parallel.layouts(self._decoder.heads, degree)]
+        self._meshes = build_cp_meshes(layouts, self._device.type, timeout=self._timeout)
+        self._meter = self._make_meter()
+        self._renew_meter = partial(self._renew, cfg)
+        self._profile = self._open_profile(cfg)
+
+    def _build_model(self, cfg: DictConfig) -> None:
+        """Build model and optimizer with every parallel technique, and all that stays in memory through a run."""
         with training.set_default_dtype(self._dtype), torch.device("meta"):
             model: nn.Module = build("model", cfg.model)
         self._shape = model_shape(model)
-        vocab_size = cast(nn.Embedding, model.tok_embeddings).num_embeddings
+        self._vocab_size = cast(nn.Embedding, model.tok_embeddings).num_embeddings
         self._decoder = parallelize_decoder(
             model,
             loss_head=build("loss_head", node) if (node := setting(cfg, "loss_head")) else ForwardGradientHead(),
@@ -145,23 +168,28 @@ class HBPProfileGroupsRecipe:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # its states are there from now on, as in training
-        model.zero_grad(set_to_none=True)
+        model.set_requires_gradient_sync(cfg.get("fsdp_sharded_accumulation", True))  # type: ignore[operator]
+        self._model, self._optimizer = model, optimizer
 
-        self._candidates = self._list_candidates()
-        degrees = {group.cp_degree for group in self._candidates}
-        layouts = [x for degree in sorted(degrees) for x in self._context_parallel.layouts(self._decoder.heads, degree)]
-        meshes = build_cp_meshes(layouts, self._device.type, timeout=self._timeout)
-        self._meter = GroupMeter(
-            model,
+    def _make_meter(self) -> GroupMeter:
+        return GroupMeter(
+            self._model,
             self._decoder.layers,
-            GroupSwitch(self._decoder.layers, meshes, self._attention, self._context_parallel),
+            GroupSwitch(self._decoder.layers, self._meshes, self._attention, self._context_parallel),
             partial(self._context_parallel.layout, self._decoder.heads),
-            vocab_size=vocab_size,
+            vocab_size=self._vocab_size,
             device=self._device,
             repeats=self._repeats,
-            states_gib=states_gib(model, optimizer),
+            states_gib=states_gib(self._model, self._optimizer),
         )
-        self._profile = self._open_profile(cfg)
+
+    def _renew(self, cfg: DictConfig) -> None:
+        """Build all anew after a rank ran out of memory, which leaves FSDP2 in the middle of a step."""
+        del self._meter, self._decoder, self._model, self._optimizer
+        gc.collect()  # modules under FSDP2 refer to each other
+        torch.cuda.empty_cache()
+        self._build_model(cfg)
+        self._meter = self._make_meter()
 
     def _read_lengths(self, cfg: DictConfig) -> NDArray[np.int32]:
         """Read lengths from a file, a distribution, or the data set's tokens."""
@@ -219,11 +247,10 @@ class HBPProfileGroupsRecipe:
 
     def _open_profile(self, cfg: DictConfig) -> Profile:
         """Take up what was measured before with the same machine, model and settings."""
-        keys = ("dtype", "compute_dtype", "compile", "custom_sharded_layers", "fsdp_reshard_after_forward", "fsdp_cpu_offload")
         now = Profile(
             machine={"device": device_name(self._device), "ranks": self.world_size, "threads": torch.get_num_threads()},
             model=asdict(self._shape)
-            | {key: str(cfg.get(key)) for key in keys}
+            | {key: str(cfg.get(key)) for key in SETTINGS}
             | {"attention": self._why_attention, "context_parallel": type(self._context_parallel).__name__}
             | {"optimizer": str(cfg.optimizer.get("_component_"))},
             versions=versions(),
@@ -237,9 +264,13 @@ class HBPProfileGroupsRecipe:
             return saved
 
         saved = from_rank_zero(read)
-        if saved is not None:
-            utils.log_rank_zero(log, f"{len(saved.measurements)} measurements of {self._path} are used again")
-        return now if saved is None else replace(now, measurements=saved.measurements)
+        if saved is None:
+            return now
+        utils.log_rank_zero(log, f"{len(saved.measurements)} measurements of {self._path} are used again")
+        for name, version in saved.versions.items():
+            if now.versions.get(name) != version:
+                utils.log_rank_zero(log, f"they were taken with {name} {version}, this run has {now.versions.get(name)}")
+        return replace(now, measurements=saved.measurements)
 
     def _measure(self, group: PackingGroup, doc_lens: Sequence[int]) -> Measurement:
         """Run a group, or find what an earlier run gave; save what is new."""
@@ -249,6 +280,8 @@ class HBPProfileGroupsRecipe:
         if (found := self._profile.find(group, cut)) is not None:
             return found
         measured = self._meter.measure(group, cut)
+        if not measured.fits:
+            self._renew_meter()
         self._profile = replace(self._profile, measurements=(*self._profile.measurements, measured))
         from_rank_zero(partial(write_profile, self._path, self._profile) if self.rank == 0 else lambda: None)
         return measured
@@ -261,18 +294,29 @@ class HBPProfileGroupsRecipe:
         """
         fitting: list[PackingGroup] = []
         too_long: set[int] = set()  # CP degrees whose packs have become too long for memory
-        for group in (bar := tqdm(self._candidates, desc="Measuring", disable=self.rank != 0)):
-            bar.set_postfix_str(describe_set([group]))
+        for group in self._candidates_with_bar():
             if group.cp_degree in too_long:
                 continue
             fitted = fit_group(group, self._measure, num_layers=len(self._decoder.layers), budget_gib=self._memory_gib)
             if fitted is None:
                 too_long.add(group.cp_degree)
                 continue
-            if group.pack_len > TYPICAL_LEN:
-                self._measure(fitted, (TYPICAL_LEN,) * (group.pack_len // TYPICAL_LEN))
+            self._measure(fitted, typical_docs(group.pack_len))
             fitting.append(fitted)
         return fitting
+
+    def _candidates_with_bar(self) -> Iterator[PackingGroup]:
+        """Give the candidates, and show the time left: by modelled seconds, for the longest packs take most of it."""
+        lengths = np.array([group.pack_len for group in self._candidates], dtype=np.int64)
+        degrees = np.array([group.cp_degree for group in self._candidates], dtype=np.int64)
+        cost = CostModel(self._shape, starting_rates(self._device))
+        work_s = cost.pack_seconds(lengths, lengths**2, degrees, np.zeros_like(degrees)).total
+        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        with tqdm(total=float(work_s.sum()), desc="Measuring", bar_format=form, disable=self.rank != 0) as bar:
+            for group, done_s in zip(self._candidates, work_s.tolist(), strict=True):
+                bar.set_postfix_str(describe_set([group]))
+                yield group
+                bar.update(done_s)
 
     def choose(self, fitting: Sequence[PackingGroup]) -> None:
         """Fit the cost model to what was measured, choose groups, say why, and write them."""
@@ -286,7 +330,7 @@ class HBPProfileGroupsRecipe:
         choice = selector.select(fitting)
         layers = {(group.pack_len, group.cp_degree): group.ac_layers for group in fitting}
         rule = paper_rule(
-            [(group, self._s_per_token(group)) for group in fitting],
+            [(group, self._measure(group, typical_docs(group.pack_len)).s_per_token) for group in fitting],
             lambda group: layers.get((group.pack_len, group.cp_degree)),
         )
         if self.rank == 0:
@@ -300,11 +344,6 @@ class HBPProfileGroupsRecipe:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_groups(path, choice.groups, [f"Chosen for {where} of {self._memory_gib:.1f} GiB by {quality}."])
             console.print(f"Written: {path}; train with groups_file={path}", markup=False)
-
-    def _s_per_token(self, group: PackingGroup) -> float:
-        """Give what the group's typical packs took; one document's where packs are shorter."""
-        docs = (TYPICAL_LEN,) * (group.pack_len // TYPICAL_LEN) if group.pack_len > TYPICAL_LEN else (group.pack_len,)
-        return self._measure(group, docs).s_per_token
 
     def cleanup(self) -> None:
         """Leave the process group."""

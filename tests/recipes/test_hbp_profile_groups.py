@@ -7,11 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import DictConfig
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hbp_tune.components.config.group_files import groups_of
+from hbp_tune.components.data.batch import PackBatch
+from hbp_tune.components.parallel.parallelize import GroupSwitch, PackContext
 from hbp_tune.components.training.profiling import GroupMeter
-from hbp_tune.recipes.hbp_profile_groups import HBPProfileGroupsRecipe
+from hbp_tune.recipes.hbp_profile_groups import HBPProfileGroupsRecipe, typical_docs
 from tests.helpers import mixed_lengths, recipe_config
 from tests.ranks import RankError, RankPool
 
@@ -100,3 +105,53 @@ def test_memory_decides_the_recomputed_layers(ranks: Callable[[int], RankPool], 
     cfg.memory_gib = 1e-6
     with pytest.raises(RankError, match="no packing group fits into memory"):
         ranks(2).run(profile_job, cfg)
+
+
+def short_of_memory_job(cfg: DictConfig, most: int) -> tuple[list[Any], dict[str, Tensor]]:
+    """Profile on ranks whose memory holds so many tokens of kept layers; give what fits, and gradients after it all."""
+    with pytest.MonkeyPatch.context() as patch:
+        activate, attend = GroupSwitch.activate, PackContext.attend
+
+        def activate_counting(self: GroupSwitch, batch: PackBatch) -> PackContext:
+            context = activate(self, batch)
+            context.runs_out = (3 - batch.group.ac_layers) * batch.tokens.numel() > most  # type: ignore[attr-defined]
+            return context
+
+        def attend_or_run_out(self: PackContext, *args: Tensor) -> Tensor:
+            # In the second layer: FSDP2 has gathered weights, and waits for a backward.
+            self.calls = getattr(self, "calls", 0) + 1  # type: ignore[attr-defined]
+            if self.runs_out and self.calls == 2:  # type: ignore[attr-defined]
+                raise torch.OutOfMemoryError("made up")
+            return attend(self, *args)
+
+        patch.setattr(GroupSwitch, "activate", activate_counting)
+        patch.setattr(PackContext, "attend", attend_or_run_out)
+        recipe = HBPProfileGroupsRecipe(cfg)
+        recipe.setup(cfg)
+        fitting = recipe.profile()
+    recipe._model.zero_grad()
+    for _ in recipe._meter._micro_step(fitting[0], (fitting[0].pack_len,)):
+        pass
+    return fitting, {name: weight.grad for name, weight in recipe._model.named_parameters()}
+
+
+def test_running_out_of_memory_is_survived(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    """Packs of 1,024 tokens keep one layer of three, and need not fit with two; what is measured then is sound."""
+    cfg = config(tmp_path)
+    (fitting, grads), _ = ranks(2).run(short_of_memory_job, cfg, 1600)
+    assert {(group.pack_len, group.cp_degree, group.ac_layers) for group in fitting} == {(512, 1, 0), (1024, 1, 2), (1024, 2, 0)}
+    saved = json.loads((tmp_path / "out" / "profile.json").read_text())["measurements"]
+    out = [one["group"] for one in saved if one["peak_gib"] is None]
+    assert [(group["pack_len"], group["cp_degree"], group["ac_layers"]) for group in out] == [(1024, 1, 1)]
+    assert all(isinstance(grad, DTensor) for grad in grads.values()), "gradients lie in shards again"
+    cfg.profile.force = True
+    (_, undisturbed), _ = ranks(2).run(short_of_memory_job, cfg, 10**9)
+    peaks = {str(one["group"]): one["peak_gib"] for one in saved if one["peak_gib"] is not None}
+    again = json.loads((tmp_path / "out" / "profile.json").read_text())["measurements"]
+    assert peaks.items() <= {str(one["group"]): one["peak_gib"] for one in again}.items()
+
+
+def test_typical_documents_fill_packs_of_any_length() -> None:
+    assert typical_docs(512) == (512,)
+    assert typical_docs(2048) == (1024, 1024)
+    assert typical_docs(2560) == (1024, 1024, 512)

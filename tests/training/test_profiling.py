@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -42,7 +43,25 @@ def test_the_line_gives_the_fewest_layers_and_they_are_run() -> None:
 def test_a_line_that_promised_too_much_is_corrected_by_running() -> None:
     machine = FakeMachine(extra_gib=2.0, from_layers=29)
     assert machine.fit(22.0) == 24
-    assert machine.runs == [32, 30, 22, 23, 24]
+    assert machine.runs == [32, 30, 22, 24]
+
+
+def test_a_line_that_promised_too_little_is_corrected_by_running() -> None:
+    machine = FakeMachine(extra_gib=-2.0, from_layers=29)
+    assert machine.fit(22.0) == 20
+    assert machine.runs == [32, 30, 22, 19, 20], "19 do not fit"
+
+
+def test_without_a_line_a_layer_fewer_is_run_until_memory_runs_out() -> None:
+    runs = []
+
+    def measure(group: PackingGroup, doc_lens: Sequence[int]) -> Measurement:
+        runs.append(group.ac_layers)
+        found = 1.0 if group.ac_layers > 6 else None
+        return Measurement(group=group, world_size=1, doc_lens=(1024,), micro_step_s=found, peak_gib=found)
+
+    assert fit_group(GROUP, measure, num_layers=8, budget_gib=2.0) == PackingGroup(name="1K", pack_len=1024, ac_layers=7)
+    assert runs == [8, 6, 7]
 
 
 def test_two_layers_are_probed_with_all_and_none() -> None:
@@ -64,10 +83,12 @@ def test_what_runs_out_of_memory_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("budget_gib", [12.5, 17.3, 30.1, 41.9])
-def test_one_layer_fewer_does_not_fit(budget_gib: float) -> None:
-    machine = FakeMachine()
+@pytest.mark.parametrize("extra_gib", [-3.0, -0.3, 0.0, 0.3, 3.0])
+@pytest.mark.parametrize("from_layers", [5, 17, 31])
+def test_one_layer_fewer_does_not_fit(budget_gib: float, extra_gib: float, from_layers: int) -> None:
+    machine = FakeMachine(extra_gib, from_layers)
     fewest = machine.fit(budget_gib)
     assert fewest is not None
-    peaks = [machine.line.peak_gib(PackingGroup(name="g", pack_len=1024, ac_layers=n)) for n in range(33)]
+    peaks = [machine.measure(replace(GROUP, ac_layers=n), (1024,)).peak_gib or 0.0 for n in range(33)]
     assert peaks[fewest] <= budget_gib
     assert fewest == 0 or peaks[fewest - 1] > budget_gib

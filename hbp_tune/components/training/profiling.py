@@ -1,9 +1,10 @@
 """Measures packing groups on this machine: seconds, memory, and the fewest recomputed layers that fit."""
 
 import contextlib
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from hbp_tune.components.data.dataset import Layout
 from hbp_tune.components.data.made import random_batch
 from hbp_tune.components.parallel.parallelize import GroupSwitch
-from hbp_tune.components.planning.fitting import fit_memory
 from hbp_tune.components.planning.measurements import Measurement
 from hbp_tune.components.planning.records import PackingGroup
 
@@ -32,7 +32,7 @@ class GroupMeter:
     autograd saves in the forward; gathered weights and what a backward holds for a moment are left out.
 
     Args:
-        model: after every parallel technique, its optimizer's states allocated.
+        model: after every parallel technique, its gradients and its optimizer's states allocated.
         layers: of the model.
         switch: to groups.
         layout: of packs.
@@ -60,27 +60,32 @@ class GroupMeter:
     def measure(self, group: PackingGroup, doc_lens: Sequence[int]) -> Measurement:
         """Run micro-steps of one group, whose packs all hold documents of these lengths.
 
-        A rank that runs out of memory is taken to have company: all have the same shapes, so all fail in the same place.
+        All ranks have the same shapes and are taken to run out of memory in the same place; whether one did they ask after every
+        micro-step. FSDP2 is then left in the middle of it, and only another model and meter measure again.
         """
         step = partial(self._micro_step, group, tuple(doc_lens))
         seconds: list[float] = []
-        peak_gib = 0.0
-        try:
-            peak_gib = self._peak_gib(step)
-            seconds = [self._timed(step) for _ in range(self._repeats)]
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-        fits = torch.tensor([float(len(seconds) == self._repeats)], device=self._device)
-        dist.all_reduce(fits, op=dist.ReduceOp.MIN)
-        blank = Measurement(
-            group=group, world_size=dist.get_world_size(), doc_lens=tuple(doc_lens), micro_step_s=None, peak_gib=None
+        peak_gib = self._over_ranks(partial(self._peak_gib, step))
+        while len(seconds) < self._repeats and math.isfinite(sum(seconds) + peak_gib):
+            seconds.append(self._over_ranks(partial(self._timed, step)))
+        fits = math.isfinite(sum(seconds) + peak_gib)
+        return Measurement(
+            group=group,
+            world_size=dist.get_world_size(),
+            doc_lens=tuple(doc_lens),
+            micro_step_s=statistics.median(seconds) if fits else None,
+            peak_gib=peak_gib if fits else None,
         )
-        if not fits.item():
-            return blank
-        slowest = torch.tensor([*seconds, peak_gib], device=self._device, dtype=torch.float64)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        *slowest_s, peak_gib = slowest.tolist()
-        return replace(blank, micro_step_s=statistics.median(slowest_s), peak_gib=peak_gib)
+
+    def _over_ranks(self, run: Callable[[], float]) -> float:
+        """Give the largest result of any rank; infinite where one ran out of memory."""
+        try:
+            mine = run()
+        except torch.OutOfMemoryError:
+            mine = math.inf
+        most = torch.tensor(mine, device=self._device, dtype=torch.float64)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return most.item()
 
     def _micro_step(self, group: PackingGroup, doc_lens: tuple[int, ...]) -> Iterator[None]:
         """Run a forward, stop for whoever counts what it saved, and run the backward."""
@@ -92,8 +97,7 @@ class GroupMeter:
             batch.tokens, mask=context, input_pos=batch.input_pos, labels=batch.labels, loss_weights=batch.loss_weights
         )
         yield
-        loss.backward()
-        self._model.zero_grad(set_to_none=True)
+        loss.backward()  # adds to gradients, which stay, as between micro-steps of training
 
     def _peak_gib(self, step: Callable[[], Iterator[None]]) -> float:
         """Give the most memory that this rank holds in a micro-step."""
@@ -161,8 +165,8 @@ def fit_group(
 ) -> PackingGroup | None:
     """Find the fewest recomputed layers with which a group fits (HBP paper, Algorithms 3 and 4: GreedyProfileCkpt).
 
-    Memory is measured with all layers recomputed and with two fewer, a straight line gives the fewest, and running these says
-    whether it is true: a layer more is tried until it is.
+    Memory is measured with all layers recomputed and with two fewer. A straight line through the two lowest runs says how many
+    layers are to spare or missing; running so many draws the next line, until no further layer is to spare.
 
     Args:
         group: all but its ``ac_layers`` counts.
@@ -171,21 +175,38 @@ def fit_group(
         budget_gib: memory of a rank.
 
     Returns:
-        The group with its layers; None where it does not fit with all of them.
+        The group with its layers, with which it was run; None where it does not fit with all of them.
     """
     whole = (group.pack_len,)  # one document: the most that any pack needs
-    probes = [measure(replace(group, ac_layers=num_layers), whole)]
-    if not _is_within(probes[0], budget_gib):
+    peaks: dict[int, float] = {}  # by recomputed layers
+    wanted: int | None = num_layers
+    while wanted is not None:
+        peak_gib = measure(replace(group, ac_layers=wanted), whole).peak_gib
+        peaks[wanted] = math.inf if peak_gib is None else peak_gib
+        if peaks[num_layers] > budget_gib:
+            return None
+        wanted = _next_layers(peaks, budget_gib) if len(peaks) > 1 else max(0, num_layers - _PROBED_LAYERS)
+    return replace(group, ac_layers=_fewest(peaks, budget_gib))
+
+
+def _fewest(peaks: Mapping[int, float], budget_gib: float) -> int:
+    return min(layers for layers, peak_gib in peaks.items() if peak_gib <= budget_gib)
+
+
+def _next_layers(peaks: Mapping[int, float], budget_gib: float) -> int | None:
+    """Give the recomputed layers to run next; None where one layer fewer than the fewest that fit was or would be too many.
+
+    Args:
+        peaks: GiB by recomputed layers, two at least; infinite where memory ran out.
+        budget_gib: what at least one of them is within.
+    """
+    fewest = _fewest(peaks, budget_gib)
+    least = max((layers for layers in peaks if layers < fewest), default=-1) + 1  # all below were run, and did not fit
+    low, *others = sorted(layers for layers, peak_gib in peaks.items() if math.isfinite(peak_gib))
+    if fewest == least:
         return None
-    probes.append(measure(replace(group, ac_layers=max(0, num_layers - _PROBED_LAYERS)), whole))
-    fewest = num_layers
-    if probes[1].fits:
-        predicted = fit_memory(probes, num_layers).fewest_ac_layers(group, budget_gib)
-        fewest = num_layers if predicted is None else predicted
-    while not _is_within(measure(replace(group, ac_layers=fewest), whole), budget_gib):
-        fewest += 1
-    return replace(group, ac_layers=fewest)
-
-
-def _is_within(measured: Measurement, budget_gib: float) -> bool:
-    return measured.peak_gib is not None and measured.peak_gib <= budget_gib
+    if not others:  # no line: the other runs ran out of memory
+        return fewest - 1
+    layer_gib = (peaks[low] - peaks[others[0]]) / (others[0] - low)
+    to_spare = int((budget_gib - peaks[fewest]) / layer_gib) if layer_gib > 0 else fewest
+    return max(least, fewest - to_spare) if to_spare else None
