@@ -107,8 +107,8 @@ def test_memory_decides_the_recomputed_layers(ranks: Callable[[int], RankPool], 
         ranks(2).run(profile_job, cfg)
 
 
-def short_of_memory_job(cfg: DictConfig, most: int) -> tuple[list[Any], dict[str, Tensor]]:
-    """Profile on ranks whose memory holds so many tokens of kept layers; give what fits, and gradients after it all."""
+def short_of_memory_job(cfg: DictConfig, most: int) -> tuple[list[Any], bool]:
+    """Profile on ranks whose memory holds so many tokens of kept layers; give what fits, and whether gradients are sharded."""
     with pytest.MonkeyPatch.context() as patch:
         activate, attend = GroupSwitch.activate, PackContext.attend
 
@@ -129,26 +129,23 @@ def short_of_memory_job(cfg: DictConfig, most: int) -> tuple[list[Any], dict[str
         recipe = HBPProfileGroupsRecipe(cfg)
         recipe.setup(cfg)
         fitting = recipe.profile()
-    recipe._model.zero_grad()
-    for _ in recipe._meter._micro_step(fitting[0], (fitting[0].pack_len,)):
-        pass
-    return fitting, {name: weight.grad for name, weight in recipe._model.named_parameters()}
+    return fitting, all(isinstance(weight.grad, DTensor) for weight in recipe._model.parameters())
 
 
 def test_running_out_of_memory_is_survived(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
     """Packs of 1,024 tokens keep one layer of three, and need not fit with two; what is measured then is sound."""
     cfg = config(tmp_path)
-    (fitting, grads), _ = ranks(2).run(short_of_memory_job, cfg, 1600)
+    (fitting, is_sharded), _ = ranks(2).run(short_of_memory_job, cfg, 1600)
     assert {(group.pack_len, group.cp_degree, group.ac_layers) for group in fitting} == {(512, 1, 0), (1024, 1, 2), (1024, 2, 0)}
     saved = json.loads((tmp_path / "out" / "profile.json").read_text())["measurements"]
     out = [one["group"] for one in saved if one["peak_gib"] is None]
     assert [(group["pack_len"], group["cp_degree"], group["ac_layers"]) for group in out] == [(1024, 1, 1)]
-    assert all(isinstance(grad, DTensor) for grad in grads.values()), "gradients lie in shards again"
+    assert is_sharded, "FSDP2 has forgotten the step that it did not end"
     cfg.profile.force = True
-    (_, undisturbed), _ = ranks(2).run(short_of_memory_job, cfg, 10**9)
-    peaks = {str(one["group"]): one["peak_gib"] for one in saved if one["peak_gib"] is not None}
-    again = json.loads((tmp_path / "out" / "profile.json").read_text())["measurements"]
-    assert peaks.items() <= {str(one["group"]): one["peak_gib"] for one in again}.items()
+    ranks(2).run(short_of_memory_job, cfg, 10**9)
+    undisturbed = json.loads((tmp_path / "out" / "profile.json").read_text())["measurements"]
+    peaks = {str(one["group"]): one["peak_gib"] for one in undisturbed}
+    assert all(one["peak_gib"] == peaks[str(one["group"])] for one in saved if one["peak_gib"] and str(one["group"]) in peaks)
 
 
 def test_typical_documents_fill_packs_of_any_length() -> None:

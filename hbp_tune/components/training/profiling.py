@@ -131,7 +131,8 @@ def _saved_bytes(layers: Sequence[nn.Module]) -> Iterator[dict[int, int]]:
     kept: list[Tensor] = []  # so that no storage is freed and its place taken by another
 
     def keep(tensor: Tensor) -> Tensor:
-        if not (tensor.is_leaf and tensor.requires_grad):  # weights are counted by themselves
+        source = tensor if tensor._base is None else tensor._base
+        if not (source.is_leaf and source.requires_grad):  # weights, transposed ones too, are counted by themselves
             kept.append(tensor)
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
