@@ -184,7 +184,7 @@ class HBPProfileGroupsRecipe:
         )
 
     def _renew(self, cfg: DictConfig) -> None:
-        """Build all anew after a rank ran out of memory, which leaves FSDP2 in the middle of a step."""
+        """Build all anew after a rank ran out of memory, which leaves FSDP2 in the middle of a backward."""
         del self._meter, self._decoder, self._model, self._optimizer
         gc.collect()  # modules under FSDP2 refer to each other
         torch.cuda.empty_cache()

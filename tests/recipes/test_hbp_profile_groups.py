@@ -112,20 +112,23 @@ def short_of_memory_job(cfg: DictConfig, most: int) -> tuple[list[Any], bool]:
     with pytest.MonkeyPatch.context() as patch:
         activate, attend = GroupSwitch.activate, PackContext.attend
 
-        def activate_counting(self: GroupSwitch, batch: PackBatch) -> PackContext:
+        def activate_short(self: GroupSwitch, batch: PackBatch) -> PackContext:
             context = activate(self, batch)
             context.runs_out = (3 - batch.group.ac_layers) * batch.tokens.numel() > most  # type: ignore[attr-defined]
             return context
 
-        def attend_or_run_out(self: PackContext, *args: Tensor) -> Tensor:
-            # In the second layer: FSDP2 has gathered weights, and waits for a backward.
-            self.calls = getattr(self, "calls", 0) + 1  # type: ignore[attr-defined]
-            if self.runs_out and self.calls == 2:  # type: ignore[attr-defined]
-                raise torch.OutOfMemoryError("made up")
-            return attend(self, *args)
+        def run_out(grad: Tensor) -> None:
+            raise torch.OutOfMemoryError("made up")
 
-        patch.setattr(GroupSwitch, "activate", activate_counting)
-        patch.setattr(PackContext, "attend", attend_or_run_out)
+        def attend_once(self: PackContext, *args: Tensor) -> Tensor:
+            # In the backward: FSDP2 then has gathered weights and unreduced gradients, and does not mend itself.
+            attended = attend(self, *args)
+            if self.runs_out:  # type: ignore[attr-defined]
+                attended.register_hook(run_out)
+            return attended
+
+        patch.setattr(GroupSwitch, "activate", activate_short)
+        patch.setattr(PackContext, "attend", attend_once)
         recipe = HBPProfileGroupsRecipe(cfg)
         recipe.setup(cfg)
         fitting = recipe.profile()

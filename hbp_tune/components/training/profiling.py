@@ -61,7 +61,7 @@ class GroupMeter:
         """Run micro-steps of one group, whose packs all hold documents of these lengths.
 
         All ranks have the same shapes and are taken to run out of memory in the same place; whether one did they ask after every
-        micro-step. FSDP2 is then left in the middle of it, and only another model and meter measure again.
+        micro-step. FSDP2 is then left in the middle of a backward, and only another model and meter measure again.
         """
         step = partial(self._micro_step, group, tuple(doc_lens))
         seconds: list[float] = []
