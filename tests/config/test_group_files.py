@@ -30,7 +30,8 @@ def test_without_a_file() -> None:
 
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"groups_file=.*no.yaml does not exist; `tune run hbp_plan --config ... groups=auto` writes"
+        ConfigError,
+        match=r"groups_file=.*no.yaml does not exist; `tune run hbp_plan --config ... groups=auto` or hbp_profile_groups writes",
     ):
         groups_of(OmegaConf.create({"groups_file": str(tmp_path / "no.yaml")}))
 

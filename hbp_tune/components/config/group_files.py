@@ -42,7 +42,8 @@ def _read(path: Path) -> Sequence[DictConfig]:
         read: Any = OmegaConf.load(path)
     except FileNotFoundError as error:
         raise ConfigError(
-            f"groups_file={path} does not exist; `tune run hbp_plan --config ... groups=auto` writes one into its output_dir"
+            f"groups_file={path} does not exist; `tune run hbp_plan --config ... groups=auto` or hbp_profile_groups "
+            f"writes one into its output_dir"
         ) from error
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"groups_file={path} cannot be read: {' '.join(str(error).split())}") from error
