@@ -93,6 +93,7 @@ from hbp_tune.components.planning.records import check_positions as check_positi
 from hbp_tune.components.planning.records import check_saved_plan as check_saved_plan
 from hbp_tune.components.planning.selection import GroupSelector as GroupSelector
 from hbp_tune.components.planning.selection import candidate_groups as candidate_groups
+from hbp_tune.components.planning.selection import check_candidates as check_candidates
 from hbp_tune.components.planning.selection import length_name as length_name
 from hbp_tune.components.planning.selection import paper_rule as paper_rule
 from hbp_tune.components.planning.sharding import CpDegrees as CpDegrees

@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from hbp_tune.components import (
     Builder,
     ConfigError,
     CostModel,
+    CpDegrees,
     EpochPlan,
     GroupSelector,
     MemoryModel,
@@ -47,6 +47,7 @@ from hbp_tune.components import (
     build,
     candidate_groups,
     check_ac_layers,
+    check_candidates,
     check_config,
     check_groups,
     check_positions,
@@ -166,27 +167,45 @@ class HBPPlanRecipe:
         self._decoder = adapt_decoder(self._model)
         self._cost = CostModel(model_shape(self._model), rates_of(self._gpu))
 
+    def _memory_model(self, cfg: DictConfig) -> MemoryModel:
+        """Model a GPU's memory by the settings that training reads."""
+        is_8bit = "8bit" in str((cfg.get("optimizer") or {}).get("_component_"))
+        return MemoryModel(
+            decoder_shape(self._model),
+            world_size=self.world_size,
+            states=adamw_bytes(weight=4 if cfg.get("dtype") == "fp32" else 2, is_8bit=is_8bit),
+            accumulation="sharded" if cfg.get("fsdp_sharded_accumulation", True) else "whole",
+        )
+
     def _choose_groups(self, cfg: DictConfig) -> tuple[PackingGroup, ...]:
         """Choose groups by the models of time and memory, say why, and write them to a file."""
         budget_gib = cfg.get("memory_gib") or self._gpu.memory_gib
-        is_8bit = "8bit" in str((cfg.get("optimizer") or {}).get("_component_"))
-        states = adamw_bytes(weight=4 if cfg.get("dtype") == "fp32" else 2, is_8bit=is_8bit)
-        memory = MemoryModel(decoder_shape(self._model), world_size=self.world_size, states=states, accumulation="sharded")
-        fewest = partial(memory.fewest_ac_layers, budget_gib=budget_gib)
-        overlong = getattr(self._planner, "overlong", "error")
-        candidates = candidate_groups(
-            int(self._lengths.max()), fewest, world_size=self.world_size, must_hold_all=overlong == "error"
-        )
+        memory = self._memory_model(cfg)
+
+        def layout(group: PackingGroup) -> CpDegrees:
+            return self._context_parallel.layout(self._decoder.heads, group.cp_degree, [group.pack_len], group.pack_len)
+
+        def fewest(group: PackingGroup) -> int | None:
+            return memory.fewest_ac_layers(group, budget_gib, layout(group))
+
+        longest, overlong = int(self._lengths.max()), getattr(self._planner, "overlong", "error")
+        longest = longest if overlong == "error" else min(longest, self._decoder.max_seq_len)
+        candidates = candidate_groups(longest, fewest, world_size=self.world_size, ac_modes=("full", "selective"))
+        smallest = candidate_groups(1, lambda group: memory.shape.num_layers, world_size=self.world_size)[-1]
+        needed_gib = memory.peak(smallest, layout(smallest)).gib
+        shortage = f"{smallest.name} over {smallest.cp_degree} ranks needs {needed_gib:.1f} of {budget_gib:g} GiB"
+        check_candidates(candidates, longest if overlong == "error" else 0, shortage=shortage)
         most = max(group.pack_len for group in candidates)
         lengths = np.minimum(self._lengths, most) if overlong == "truncate" else self._lengths[self._lengths <= most]
         selector = GroupSelector(lengths, planner=self._planner, cost=self._cost, world_size=self.world_size, seed=self.seed)
         choice = selector.select(candidates)
         rule = paper_rule([(group, selector.s_per_token(group)) for group in candidates], fewest)
         where = f"{self.world_size} {self._gpu.name}s of {budget_gib:g} GiB"
-        print_choice(choice, (rule, selector.epoch_s(rule, lengths)), self._console, where=where)
+        print_choice(choice, (rule, selector.epoch_s(rule)), self._console, where=where)
         path = self._output_dir / "groups.yaml"
         with self._writing():
-            write_groups(path, choice.groups, [f"Chosen by modelled time and memory for {where}, nothing was measured."])
+            data = f"{len(lengths):,} samples, {lengths.sum(dtype=np.int64):,} tokens"
+            write_groups(path, choice.groups, [f"Chosen for {where}, {data}, by modelled time and memory; nothing was measured."])
         self._notes.append(f"The groups are in {path}; train with groups_file={path}")
         return choice.groups
 

@@ -241,7 +241,6 @@ class HBPProfileGroupsRecipe:
             world_size=self.world_size,
             shortest=self._shortest,
             max_cp_degree=self._max_cp_degree,
-            must_hold_all=False,
         )
         return tuple(sorted(every, key=lambda group: (group.cp_degree, group.pack_len)))
 
@@ -336,7 +335,7 @@ class HBPProfileGroupsRecipe:
         if self.rank == 0:
             console = Console(highlight=False, soft_wrap=True)
             where = f"{self.world_size} ranks of {self._profile.machine['device']}"
-            print_choice(choice, (rule, selector.epoch_s(rule, lengths)), console, where=where)
+            print_choice(choice, (rule, selector.epoch_s(rule)), console, where=where)
             worst = float(np.abs(fitted.errors).max())
             quality = f"{len(fitted.errors)} measurements, the model meets them within {worst:.1%} (rms {fitted.rms_error:.1%})"
             console.print(f"{quality}; they are in {self._path}", markup=False)

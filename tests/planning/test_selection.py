@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from hbp_tune.components.planning import selection
 from hbp_tune.components.planning.cost import CostModel
 from hbp_tune.components.planning.distributions import synthetic_lengths
 from hbp_tune.components.planning.errors import ConfigError
@@ -12,7 +13,7 @@ from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER, MemoryModel
 from hbp_tune.components.planning.metrics import micro_step_s
 from hbp_tune.components.planning.planner import BalancePlanner
 from hbp_tune.components.planning.records import PackingGroup
-from hbp_tune.components.planning.selection import GroupSelector, candidate_groups, length_name, paper_rule
+from hbp_tune.components.planning.selection import GroupSelector, candidate_groups, check_candidates, length_name, paper_rule
 
 COST = CostModel()
 
@@ -43,6 +44,8 @@ def test_candidates_by_hand() -> None:
         ("8K", 8192, 1, 28),
         ("8K", 8192, 2, 28),
         ("8K", 8192, 4, 0),
+        ("10K", 10_240, 2, 28),
+        ("10K", 10_240, 4, 28),
         ("16K", 16384, 2, 28),
         ("16K", 16384, 4, 28),
     ]
@@ -50,17 +53,31 @@ def test_candidates_by_hand() -> None:
     assert {g.cp_degree for g in candidate_groups(4096, local_tokens(8192, 0), world_size=4, max_cp_degree=2)} == {1, 2}
 
 
+def test_the_longest_sample_may_fit_where_twice_its_length_does_not() -> None:
+    # 9,000 tokens need packs of 10K, of which two ranks hold 5K each; of 16K they would hold 8K.
+    assert [g.name for g in candidate_groups(9000, local_tokens(6000, 0), world_size=2)][-1] == "10K"
+
+
+def test_other_ways_to_recompute_are_listed_where_something_is_recomputed() -> None:
+    found = candidate_groups(4096, local_tokens(4096, 2048), world_size=1, ac_modes=("full", "selective"))
+    assert [(g.name, g.ac_layers, g.ac_mode) for g in found] == [("2K", 0, "full"), ("4K", 28, "full"), ("4K", 28, "selective")]
+
+
 def test_nothing_fits() -> None:
-    with pytest.raises(ConfigError, match=r"no packing group fits into memory, not the shortest over 8 ranks either; start more"):
-        candidate_groups(9000, lambda group: None, world_size=8)
+    message = r"no packing group fits into memory \(2K over 4 ranks needs 9.1 of 8 GiB\); start more ranks, keep weights in bf16"
+    with pytest.raises(ConfigError, match=message):
+        check_candidates((), 9000, shortage="2K over 4 ranks needs 9.1 of 8 GiB")
+    with pytest.raises(ConfigError, match=r"no packing group fits into memory; start more ranks"):
+        GroupSelector(mixed(1), planner=BalancePlanner(), cost=COST, world_size=4).select(())
 
 
 def test_the_longest_sample_fits_nowhere() -> None:
     message = (
-        r"the longest sample has 9000 tokens, the longest packing group that fits into memory holds 4096 \(CP degrees up to 2"
+        r"the longest sample has 9000 tokens, the longest packing group that fits into memory holds 4096, over 2 ranks; "
+        r"start more ranks, .*, or set planner.overlong"
     )
     with pytest.raises(ConfigError, match=message):
-        candidate_groups(9000, local_tokens(2048, 0), world_size=2)
+        check_candidates(candidate_groups(9000, local_tokens(2048, 0), world_size=2), 9000)
 
 
 def mixed(seed: int, num_samples: int = 400) -> np.ndarray:
@@ -90,8 +107,8 @@ def test_the_choice_is_the_best_of_all_sets(seed: int) -> None:
     ]
     best_s = min(planned_s(groups) for groups in every)
     assert choice.epoch_s == planned_s(choice.groups)
-    # The closed form decides which dozen are planned, and which strategy a length has: near the best of all, not always it.
-    assert choice.epoch_s <= 1.02 * best_s
+    # The closed form decides which dozen are planned, and which strategy a length has; a hundredth is given for fewer groups.
+    assert choice.epoch_s <= 1.015 * best_s
     assert choice.one_length[1] == planned_s((choice.one_length[0],)) >= choice.epoch_s
 
 
@@ -118,6 +135,43 @@ def test_a_slower_copy_of_a_candidate_is_never_chosen() -> None:
     assert selector.select([*worse, *candidates]) == selector.select(candidates)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_further_candidate_makes_nothing_worse(seed: int) -> None:
+    more = [group(2048), group(4096, 1, 20), group(4096, 2), group(16_384, 4, 20), group(16_384, 2, 32)]
+    selector = GroupSelector(mixed(seed), planner=BalancePlanner(65_536), cost=COST, world_size=4)
+    seconds = [selector.select(more[index:]).epoch_s for index in range(len(more))]
+    # Up to the hundredth that is given for fewer groups.
+    assert all(richer <= 1.01 * poorer for richer, poorer in itertools.pairwise(seconds)), seconds
+
+
+def test_the_order_of_candidates_changes_nothing() -> None:
+    candidates = [group(2048), group(4096, 2), group(4096, 1, 20), group(16_384, 4, 20)]
+    selector = GroupSelector(mixed(3), planner=BalancePlanner(65_536), cost=COST, world_size=4)
+    assert selector.select(candidates) == selector.select(candidates[::-1])
+
+
+def test_many_ranks_are_not_judged_by_a_few_samples() -> None:
+    # 30,000 of these samples fill a step of 512 ranks only in part: over 16 ranks a pack fewer replicas would wait than over 8.
+    lengths, _ = synthetic_lengths("tulu3_longcite", 150_000)
+    strategies = [group(131_072, 8, 13), group(131_072, 16)]
+    selector = GroupSelector(lengths, planner=BalancePlanner(8_388_608), cost=COST, world_size=512)
+    choice = selector.select([group(4096), group(8192), group(16_384, 2), group(32_768, 4), *strategies])
+    assert choice.one_length == (strategies[0], selector.epoch_s(strategies[:1]))
+    assert choice.one_length[1] < selector.epoch_s(strategies[1:])
+
+
+def test_of_very_many_samples_some_are_compared_and_all_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = [group(2048), group(4096, 1, 20), group(16_384, 4, 20)]
+    selector = GroupSelector(mixed(4), planner=BalancePlanner(65_536), cost=COST, world_size=4)
+    whole = selector.select(candidates)
+    monkeypatch.setattr(selection, "_SAMPLES", 300)
+    monkeypatch.setattr(selection, "_SAMPLES_PER_RANK", 50)
+    choice = GroupSelector(mixed(4), planner=BalancePlanner(65_536), cost=COST, world_size=4).select(candidates)
+    assert choice.groups == whole.groups
+    assert choice.epoch_s == whole.epoch_s == selector.epoch_s(choice.groups)
+    assert choice.one_length == whole.one_length
+
+
 # HBP paper: the seconds of an iteration at equal tokens per device, each length's best strategy.
 PAPER = [
     (group(8192, 2, 8), 2.69),
@@ -130,6 +184,11 @@ PAPER = [
 
 def test_the_rule_of_the_paper_on_its_own_timings() -> None:
     assert paper_rule(PAPER, lambda group: 28) == (group(16_384, 1, 28), group(131_072, 8, 28))
+
+
+def test_the_rule_of_the_paper_begins_at_8k() -> None:
+    assert paper_rule([(group(4096), 1.0), *PAPER], lambda group: 28) == (group(16_384, 1, 28), group(131_072, 8, 28))
+    assert paper_rule([(group(2048), 1.0), (group(4096, 2), 2.0)], lambda group: 28) == (group(2048), group(4096, 2))
 
 
 def test_stage_two_adds_what_ranks_hold_alone() -> None:
@@ -157,5 +216,5 @@ def test_the_paper_setting_from_the_model_alone() -> None:
     selector = GroupSelector(lengths, planner=BalancePlanner(524_288), cost=COST, world_size=32)
     choice = selector.select(candidates)
     theirs = (group(16_384, 1, 12), group(131_072, 8, 13))
-    assert choice.epoch_s <= selector.epoch_s(theirs, lengths)
+    assert choice.epoch_s <= selector.epoch_s(theirs)
     assert choice.groups[-1].pack_len == 131_072

@@ -41,3 +41,7 @@ def print_choice(choice: GroupChoice, rule: tuple[Sequence[PackingGroup], float]
     row(f"{describe_set(rule[0])}  (the paper's rule)", rule[1])
     console.print(table)
     console.print("  x: time over the chosen groups'\n", highlight=False)
+    if len(choice.groups) == 1:
+        is_only = all(len(groups) == 1 for groups, _ in choice.others)
+        why = "there is no shorter length to choose" if is_only else "more would not bring a hundredth of the time"
+        console.print(f"One group, as {why}: all samples share its CP degree and recomputation.\n", highlight=False)
