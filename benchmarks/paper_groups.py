@@ -124,9 +124,7 @@ def _error(model: CostModel, one: Measurement, iteration_s: float) -> str:
 def predict(model: CostModel, one: Measurement) -> float:
     """Model the seconds of a pack."""
     # Gathering is left out: the paper's iterations of several packs gather once or several times, it does not say.
-    return (
-        predict_s(CostModel(model.shape, replace(model.rates, gather_network_bytes_per_s=1e30)), one) + model.rates.micro_step_s
-    )
+    return predict_s(CostModel(model.shape, replace(model.rates, gather_network_bytes_per_s=1e30)), one)
 
 
 def _rates(fit: FittedRates) -> list[str]:
