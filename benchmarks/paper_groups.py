@@ -15,6 +15,7 @@ from paper_tables import COST, GROUPS, LONG, Lengths, head, plan, row
 from hbp_tune.components.planning.comparison import plan_baseline
 from hbp_tune.components.planning.cost import LLAMA3_1_8B, CostModel, ModelShape
 from hbp_tune.components.planning.distributions import synthetic_lengths
+from hbp_tune.components.planning.exchange import AttentionHeads
 from hbp_tune.components.planning.fitting import FittedRates, MemoryLine, fit_rates, predict_s
 from hbp_tune.components.planning.hardware import H100
 from hbp_tune.components.planning.measurements import Measurement
@@ -45,7 +46,7 @@ DEEPSEEK_V2 = ModelShape(
     num_layers=60,
     linear_params=21_000_000_000,
     attention_dim=128 * 160,
-    kv_dim=128 * 160,
+    heads=AttentionHeads(query=128, kv=128),
     head_params=102_400 * 5120,
     gathered_params=13_000_000_000,
 )
@@ -53,7 +54,7 @@ LLAMA3_1_70B = ModelShape(
     num_layers=80,
     linear_params=70_553_706_496 - 128_256 * 8192,
     attention_dim=8192,
-    kv_dim=1024,
+    heads=AttentionHeads(query=64, kv=8),
     head_params=128_256 * 8192,
     gathered_params=70_553_706_496,
 )
