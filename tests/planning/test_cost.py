@@ -42,8 +42,8 @@ def test_llama_as_published() -> None:
     assert LLAMA3_1_8B.exchanged_bytes(8) == 32 * 2 * 128 * (32 + 8 + 8 + 32) * 7 / 8
     assert LLAMA3_1_8B.exchanged_bytes(16) == 32 * 2 * 128 * (32 + 16 + 16 + 32) * 15 / 16
     cost = CostModel()
-    assert cost.token_s == pytest.approx(124.7e-6, rel=1e-2)
-    assert cost.square_s == pytest.approx(2.50e-9, rel=1e-2)
+    assert cost.token_s == pytest.approx(113.8e-6, rel=1e-3)
+    assert cost.square_s == pytest.approx(2.65e-9, rel=1e-3)
     assert cost.double_len == 41_516
 
 
@@ -110,8 +110,9 @@ def test_seconds_by_hand() -> None:
 )
 def test_timings_of_the_paper(length: int, cp_degree: int, ac_layers: int, iteration_s: float) -> None:
     # HBP paper, minimum of recomputed layers that fit: a rank takes 16K tokens an iteration, in full-length documents.
-    packs = 16 * cp_degree / length
-    assert packs * pack_s(CostModel(), 1024 * length, cp_degree, ac_layers) == pytest.approx(iteration_s, rel=0.05)
+    packs, cost = 16 * cp_degree / length, CostModel()
+    pack_of_one_s = pack_s(cost, 1024 * length, cp_degree, ac_layers) + cost.rates.micro_step_s
+    assert packs * pack_of_one_s == pytest.approx(iteration_s, rel=0.035)
 
 
 def test_larger_models_take_longer_in_proportion() -> None:

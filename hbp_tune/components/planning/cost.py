@@ -71,8 +71,8 @@ LLAMA3_1_8B = ModelShape(
 )
 
 # Operations outside attention that take as long as one of attention: what plans weigh by, the same for every machine, so that
-# plans are. Measured rates say .87 (H100, all twelve timings of the HBP paper) to .73 (its seven with full-length documents);
-# underestimating attention by half costs 4% of the time, overestimating it 0.3 to 0.8%, so the larger weight is taken.
+# plans are. All twelve timings of the HBP paper say 1.34 (H100), its seven with full-length documents 1.38; underestimating
+# attention by half costs 4% of the time, overestimating it 0.3 to 0.8%, so the larger weight is taken.
 _SQUARE_WEIGHT = 411 / 298
 # A backward of linear layers takes two forwards; flash attention's recomputes the scores too: 5 products to 2.
 _LINEAR_FORWARD, _ATTENTION_FORWARD = 1 / 3, 2 / 7
