@@ -147,7 +147,11 @@ def timings() -> None:
 def _rates(rates: Rates) -> list[str]:
     flops = (rates.token_flops_per_s, rates.square_flops_per_s)
     moved = (rates.exchange_bytes_per_s, rates.network_bytes_per_s)
-    return [*(f"{x / 1e12:.0f}" for x in flops), *(f"{x / 1e9:.1f}" for x in moved), f"{rates.micro_step_s:.3f}"]
+    return [
+        *(f"{x / 1e12:.0f}" for x in flops),
+        *(f"{x / 1e9:.1f}" for x in moved),
+        f"{CostModel(LLAMA3_1_8B, rates).micro_step_s:.3f}",
+    ]
 
 
 def layers() -> None:

@@ -24,7 +24,7 @@ TRUE = Rates(
     network_bytes_per_s=1e10,
     gather_bytes_per_s=3e11,
     gather_network_bytes_per_s=1e11,
-    micro_step_s=0.05,
+    micro_step_tokens=300,
 )
 
 
@@ -49,7 +49,7 @@ EVERYTHING = [
 
 def test_known_rates_are_found_again() -> None:
     found = fit_rates(LLAMA3_1_8B, EVERYTHING, H100)
-    for name in ("token_flops_per_s", "square_flops_per_s", "exchange_bytes_per_s", "network_bytes_per_s", "micro_step_s"):
+    for name in ("token_flops_per_s", "square_flops_per_s", "exchange_bytes_per_s", "network_bytes_per_s", "micro_step_tokens"):
         assert getattr(found.rates, name) == pytest.approx(getattr(TRUE, name), rel=1e-3), name
         assert name in found.fitted
     assert np.abs(found.errors).max() < 1e-4
@@ -58,7 +58,7 @@ def test_known_rates_are_found_again() -> None:
 
 
 def test_what_no_measurement_tells_keeps_its_start() -> None:
-    plain = replace(TRUE, micro_step_s=0.0)
+    plain = replace(TRUE, micro_step_tokens=0.0)
     found = fit_rates(LLAMA3_1_8B, [measured(n, 1, 0, rates=plain) for n in (16_384, 65_536)], H100)
     assert found.fitted == ("token_flops_per_s", "square_flops_per_s")
     assert found.rates.token_flops_per_s == pytest.approx(plain.token_flops_per_s, rel=1e-6)
@@ -68,8 +68,8 @@ def test_what_no_measurement_tells_keeps_its_start() -> None:
 
 def test_a_prediction_has_the_fixed_seconds_of_a_micro_step() -> None:
     one = EVERYTHING[0]
-    without = predict_s(CostModel(LLAMA3_1_8B, replace(TRUE, micro_step_s=0.0)), one)
-    assert predict_s(CostModel(LLAMA3_1_8B, TRUE), one) == pytest.approx(without + 0.05)
+    without = predict_s(CostModel(LLAMA3_1_8B, replace(TRUE, micro_step_tokens=0.0)), one)
+    assert predict_s(CostModel(LLAMA3_1_8B, TRUE), one) == pytest.approx(without + 300 * 6 * LLAMA3_1_8B.linear_params / 3e14)
 
 
 def test_a_part_that_would_vanish_stays_finite() -> None:

@@ -26,6 +26,6 @@ def test_a_faster_gpu_is_faster_in_all_but_the_network() -> None:
 def test_rates_are_above_zero() -> None:
     with pytest.raises(ConfigError, match=r"rates: token_flops_per_s=0 must be above 0"):
         replace(H100, token_flops_per_s=0)
-    with pytest.raises(ConfigError, match=r"rates: micro_step_s=-1 must be above 0"):
-        replace(H100, micro_step_s=-1)
-    assert replace(H100, micro_step_s=0.0).micro_step_s == 0
+    with pytest.raises(ConfigError, match=r"rates: micro_step_tokens=-1 must be above 0"):
+        replace(H100, micro_step_tokens=-1)
+    assert replace(H100, micro_step_tokens=0.0).micro_step_tokens == 0

@@ -59,7 +59,7 @@ def by_definition(plan: EpochPlan, cost: CostModel) -> dict[str, float]:
                 c.append(sum(n * (n + cost.double_len) for n in lengths))
                 shape = [np.array([value]) for value in (t[-1], a[-1], group.cp_degree, group.ac_layers)]
                 worked_s = float(cost.pack_seconds(*shape, keeps_attention=group.ac_mode == "selective").total[0])
-                s.append(worked_s + cost.rates.micro_step_s)
+                s.append(worked_s + cost.micro_step_s)
                 tokens += sum(lengths)
                 if lengths:
                     padding, slots = padding + padded - sum(lengths), slots + padded
@@ -156,8 +156,9 @@ def test_padded_lengths_by_hand() -> None:
 
 def test_a_micro_step_lasts_as_long_as_its_slowest_rank_or_the_weights() -> None:
     # Half of a layer's forward again: a sixth of the linear work, a seventh of attention's.
-    groups, fixed_s = (PackingGroup(name="all", pack_len=65_536, ac_layers=16),), 0.01
-    cost = CostModel(replace(LLAMA3_1_8B, head_params=0), replace(H100, micro_step_s=fixed_s))
+    groups = (PackingGroup(name="all", pack_len=65_536, ac_layers=16),)
+    cost = CostModel(replace(LLAMA3_1_8B, head_params=0), replace(H100, micro_step_tokens=100))
+    fixed_s = 100 * cost.token_s
     seconds = micro_step_s(plan_of(array(60_000, 50_000, 10, 10), groups, world_size=2), cost)
     long_s = 7 / 6 * 60_000 * cost.token_s + 8 / 7 * 60_000**2 * cost.square_s
     assert sorted(seconds.tolist()) == pytest.approx([long_s + fixed_s])

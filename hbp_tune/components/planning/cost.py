@@ -116,6 +116,7 @@ class CostModel:
     Attributes:
         double_len: tokens at which attention costs a document as much as everything else does, ``c1 / c2`` of
             ``c1 * len + c2 * len ** 2``, by the weight that is the same for every machine.
+        micro_step_s: modelled seconds of every forward and backward beside those of its pack, gathering of weights apart.
     """
 
     def __init__(self, shape: ModelShape = LLAMA3_1_8B, rates: Rates = H100) -> None:
@@ -123,6 +124,7 @@ class CostModel:
         self.rates = rates
         self.token_s = shape.token_flops / rates.token_flops_per_s
         self.square_s = shape.square_flops / rates.square_flops_per_s
+        self.micro_step_s = rates.micro_step_tokens * self.token_s
         self.double_len = max(1, round(shape.token_flops / shape.square_flops / _SQUARE_WEIGHT))
 
     def sample_cost(self, lengths: NDArray[np.integer]) -> NDArray[np.int64]:

@@ -43,7 +43,7 @@ class FittedRates:
 
 def predict_s(cost: CostModel, measurement: Measurement) -> float:
     """Model the seconds of what was measured: forward and backward of one pack, or gathering of weights where that is slower."""
-    busy_s = float(_unit_seconds(cost, [measurement]).sum()) + cost.rates.micro_step_s
+    busy_s = float(_unit_seconds(cost, [measurement]).sum()) + cost.micro_step_s
     return max(busy_s, cost.gather_s(measurement.world_size))
 
 
@@ -74,11 +74,14 @@ def fit_rates(shape: ModelShape, measurements: Sequence[Measurement], start: Rat
     relative = parts / seconds[:, None]
     scales = least + non_negative_least_squares(relative, 1.0 - relative @ least)
     solved = {name: getattr(start, name) / float(scale) for name, scale in zip(_FITTED, scales, strict=False) if scale > 0}
-    fixed = {"micro_step_s": float(scales[-1])} if has_fixed else {}
-    rates = replace(start, **({"micro_step_s": 0.0} | solved | fixed))
+    rates = replace(start, **solved, micro_step_tokens=0.0)
+    if has_fixed:
+        rates = replace(rates, micro_step_tokens=float(scales[-1]) / CostModel(shape, rates).token_s)
     fitted = CostModel(shape, rates)
     predicted = np.array([predict_s(fitted, measurement) for measurement in timed])
-    return FittedRates(rates=rates, errors=predicted / seconds - 1, fitted=(*solved, *fixed))
+    return FittedRates(
+        rates=rates, errors=predicted / seconds - 1, fitted=(*solved, *(("micro_step_tokens",) if has_fixed else ()))
+    )
 
 
 def _unit_seconds(cost: CostModel, measurements: Sequence[Measurement]) -> NDArray[np.float64]:

@@ -19,10 +19,10 @@ class Rates:
         gather_bytes_per_s: weights and gradients moved by FSDP inside one node.
         gather_network_bytes_per_s: the same over several nodes.
         ranks_per_node: GPUs of a node.
-        micro_step_s: fixed seconds of every forward and backward.
+        micro_step_tokens: what every forward and backward takes besides, in tokens that could be trained outside attention.
 
     Raises:
-        ConfigError: a rate is not above 0, or ``micro_step_s`` is below 0.
+        ConfigError: a rate is not above 0, or ``micro_step_tokens`` is below 0.
     """
 
     machine: str
@@ -33,12 +33,12 @@ class Rates:
     gather_bytes_per_s: float
     gather_network_bytes_per_s: float
     ranks_per_node: int = 8
-    micro_step_s: float = 0.0
+    micro_step_tokens: float = 0.0
 
     def __post_init__(self) -> None:
         for field in (field.name for field in fields(self) if field.name != "machine"):
             value = getattr(self, field)
-            if not (value > 0 or (field == "micro_step_s" and value == 0)):
+            if not (value > 0 or (field == "micro_step_tokens" and value == 0)):
                 raise ConfigError(f"rates: {field}={value} must be above 0")
 
 
@@ -84,8 +84,9 @@ GPUS = {gpu.name: gpu for gpu in _GPUS}
 # What Llama 3.1 8B reached on H100 nodes in the HBP paper: a fit to all twelve timings (benchmarks/paper_groups.py; rms 1%, as
 # rounded here within 3%). Of other GPUs it is an assumption that they reach the same shares of their data sheets.
 _TOKEN_SHARE, _SQUARE_SHARE, _EXCHANGE_SHARE, _NETWORK_SHARE = 0.4, 0.3, 0.15, 0.33
-# Fitted with them: what a micro-step takes however short its packs are. One model cannot tell how it grows with models.
-_MICRO_STEP_S = 0.08
+# Fitted with them: what a micro-step takes however short its packs are, 0.08 s. One model cannot tell whether it grows with
+# layers, weights or neither; in tokens it is the same share of every model's time.
+_MICRO_STEP_TOKENS = 700
 # All-gathers and reduce-scatters inside a node: an assumption. Over nodes, all cards of a node together: with this share the
 # paper's run without packing (one sample for each of four replicas) takes 7.3 times as long as its ISF, as 38.3 is to 5.22 GPU
 # days. Days by themselves would say less than half of it: they are 2.2 times what the paper's own timings make of one epoch.
@@ -124,7 +125,7 @@ def rates_of(gpu: Gpu, ranks_per_node: int = 8) -> Rates:
         gather_bytes_per_s=_GATHER_SHARE * gpu.link_bytes_per_s,
         gather_network_bytes_per_s=_GATHER_NETWORK_SHARE * gpu.network_bytes_per_s * ranks_per_node,
         ranks_per_node=ranks_per_node,
-        micro_step_s=_MICRO_STEP_S,
+        micro_step_tokens=_MICRO_STEP_TOKENS,
     )
 
 

@@ -212,7 +212,7 @@ class GroupSelector:
         seconds = self._cost.pack_seconds(*sums, np.array([group.cp_degree]), layers, keeps).total[0]
         replicas = self._world_size // group.cp_degree
         micro_steps = max(1.0, int(sums[0][0]) / (group.pack_len * replicas))
-        fixed_s = self._cost.rates.micro_step_s * micro_steps
+        fixed_s = self._cost.micro_step_s * micro_steps
         return max(float(seconds) / replicas + fixed_s, self._cost.gather_s(self._world_size) * micro_steps)
 
 
