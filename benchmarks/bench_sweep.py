@@ -25,6 +25,7 @@ from hbp_tune.components.planning.comparison import plan_baseline
 from hbp_tune.components.planning.cost import CostModel, ModelShape
 from hbp_tune.components.planning.distributions import synthetic_lengths
 from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.components.planning.exchange import AttentionHeads
 from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER, DecoderShape, MemoryModel
 from hbp_tune.components.planning.planner import BalancePlanner
 from hbp_tune.components.planning.records import PackingGroup
@@ -55,7 +56,7 @@ def cost_of(shape: DecoderShape) -> CostModel:
             num_layers=shape.num_layers,
             linear_params=shape.num_params - (0 if shape.tied else shape.vocab_params),
             attention_dim=shape.num_heads * shape.head_dim,
-            kv_dim=shape.num_kv_heads * shape.head_dim,
+            heads=AttentionHeads(query=shape.num_heads, kv=shape.num_kv_heads),
             head_params=shape.vocab_params,
             gathered_params=shape.num_params,
         )

@@ -110,7 +110,7 @@ def test_what_decides_the_cost_of_a_model() -> None:
         num_layers=2,
         linear_params=layers_and_norm + 16 * 32,
         attention_dim=16,
-        kv_dim=8,
+        heads=AttentionHeads(query=4, kv=2),
         head_params=16 * 32,
         gathered_params=layers_and_norm + 2 * 16 * 32,
     )
@@ -124,7 +124,7 @@ def test_what_decides_the_cost_of_a_model() -> None:
             num_layers=16,
             linear_params=1_235_814_400,
             attention_dim=2048,
-            kv_dim=512,
+            heads=AttentionHeads(query=32, kv=8),
             head_params=128_256 * 2048,
             gathered_params=1_235_814_400,
         ), "tied"

@@ -24,7 +24,7 @@ TRUE = Rates(
     network_bytes_per_s=1e10,
     gather_bytes_per_s=3e11,
     gather_network_bytes_per_s=1e11,
-    micro_step_s=0.05,
+    micro_step_tokens=300,
 )
 
 
@@ -32,7 +32,7 @@ def measured(length: int, cp_degree: int, ac_layers: int, *, documents: int = 1,
     """Make up a measurement of a machine with these rates."""
     group = PackingGroup(name="g", pack_len=length, cp_degree=cp_degree, ac_layers=ac_layers)
     blank = Measurement(group=group, world_size=32, doc_lens=(length // documents,) * documents, micro_step_s=1.0, peak_gib=1.0)
-    return replace(blank, micro_step_s=predict_s(CostModel(LLAMA3_1_8B, rates), blank) + rates.micro_step_s)
+    return replace(blank, micro_step_s=predict_s(CostModel(LLAMA3_1_8B, rates), blank))
 
 
 EVERYTHING = [
@@ -49,20 +49,45 @@ EVERYTHING = [
 
 def test_known_rates_are_found_again() -> None:
     found = fit_rates(LLAMA3_1_8B, EVERYTHING, H100)
-    for name in ("token_flops_per_s", "square_flops_per_s", "exchange_bytes_per_s", "network_bytes_per_s", "micro_step_s"):
+    for name in ("token_flops_per_s", "square_flops_per_s", "exchange_bytes_per_s", "network_bytes_per_s", "micro_step_tokens"):
         assert getattr(found.rates, name) == pytest.approx(getattr(TRUE, name), rel=1e-3), name
         assert name in found.fitted
+    assert np.abs(found.errors).max() < 1e-4
     # What gathers bound is not solved for.
     assert found.rates.gather_bytes_per_s == H100.gather_bytes_per_s
 
 
 def test_what_no_measurement_tells_keeps_its_start() -> None:
-    plain = replace(TRUE, micro_step_s=0.0)
+    plain = replace(TRUE, micro_step_tokens=0.0)
     found = fit_rates(LLAMA3_1_8B, [measured(n, 1, 0, rates=plain) for n in (16_384, 65_536)], H100)
     assert found.fitted == ("token_flops_per_s", "square_flops_per_s")
     assert found.rates.token_flops_per_s == pytest.approx(plain.token_flops_per_s, rel=1e-6)
     assert found.rates.exchange_bytes_per_s == H100.exchange_bytes_per_s
     assert found.rms_error < 1e-6
+
+
+def test_a_prediction_has_the_fixed_seconds_of_a_micro_step() -> None:
+    one = EVERYTHING[0]
+    without = predict_s(CostModel(LLAMA3_1_8B, replace(TRUE, micro_step_tokens=0.0)), one)
+    assert predict_s(CostModel(LLAMA3_1_8B, TRUE), one) == pytest.approx(without + 300 * 6 * LLAMA3_1_8B.linear_params / 3e14)
+
+
+def test_a_part_that_would_vanish_stays_finite() -> None:
+    # A micro-step over eight ranks as fast as one over none: exchange seems to take no time.
+    alone, shared = measured(16_384, 1, 0), measured(131_072, 8, 0, documents=8)
+    shared = replace(shared, micro_step_s=alone.micro_step_s)
+    found = fit_rates(LLAMA3_1_8B, [alone, measured(4096, 1, 0), shared, shared], H100)
+    assert found.rates.exchange_bytes_per_s == pytest.approx(8 * H100.exchange_bytes_per_s)
+    assert found.rms_error < 0.05, "the others make up for it"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_fit_explains_at_least_what_its_start_does(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    noisy = [replace(one, micro_step_s=(one.micro_step_s or 0) * rng.uniform(0.7, 1.3)) for one in EVERYTHING]
+    found = fit_rates(LLAMA3_1_8B, noisy, TRUE)
+    before = [predict_s(CostModel(LLAMA3_1_8B, TRUE), one) / (one.micro_step_s or 1) - 1 for one in noisy]
+    assert found.rms_error <= np.sqrt(np.mean(np.square(before))) + 1e-9
 
 
 def test_errors_are_relative_and_signed() -> None:

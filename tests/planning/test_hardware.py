@@ -19,11 +19,13 @@ def test_a_faster_gpu_is_faster_in_all_but_the_network() -> None:
     assert b200.token_flops_per_s / H100.token_flops_per_s == pytest.approx(2250 / 989)
     assert b200.exchange_bytes_per_s == 2 * H100.exchange_bytes_per_s
     assert b200.network_bytes_per_s == H100.network_bytes_per_s
+    # Its nodes have cards of 200 Gb/s.
+    assert rates_of(GPUS["A100"]).network_bytes_per_s == H100.network_bytes_per_s / 2
 
 
 def test_rates_are_above_zero() -> None:
     with pytest.raises(ConfigError, match=r"rates: token_flops_per_s=0 must be above 0"):
         replace(H100, token_flops_per_s=0)
-    with pytest.raises(ConfigError, match=r"rates: micro_step_s=-1 must be above 0"):
-        replace(H100, micro_step_s=-1)
-    assert replace(H100, micro_step_s=0.0) == H100
+    with pytest.raises(ConfigError, match=r"rates: micro_step_tokens=-1 must be above 0"):
+        replace(H100, micro_step_tokens=-1)
+    assert replace(H100, micro_step_tokens=0.0).micro_step_tokens == 0

@@ -6,6 +6,7 @@ import pytest
 from numpy.typing import NDArray
 
 from hbp_tune.components.planning.cost import LLAMA3_1_8B, CostModel
+from hbp_tune.components.planning.hardware import H100
 from hbp_tune.components.planning.metrics import (
     StepMetrics,
     diversity_by_group,
@@ -57,7 +58,8 @@ def by_definition(plan: EpochPlan, cost: CostModel) -> dict[str, float]:
                 a.append(sum(n * n for n in lengths))
                 c.append(sum(n * (n + cost.double_len) for n in lengths))
                 shape = [np.array([value]) for value in (t[-1], a[-1], group.cp_degree, group.ac_layers)]
-                s.append(float(cost.pack_seconds(*shape, keeps_attention=group.ac_mode == "selective").total[0]))
+                worked_s = float(cost.pack_seconds(*shape, keeps_attention=group.ac_mode == "selective").total[0])
+                s.append(worked_s + cost.micro_step_s)
                 tokens += sum(lengths)
                 if lengths:
                     padding, slots = padding + padded - sum(lengths), slots + padded
@@ -154,13 +156,16 @@ def test_padded_lengths_by_hand() -> None:
 
 def test_a_micro_step_lasts_as_long_as_its_slowest_rank_or_the_weights() -> None:
     # Half of a layer's forward again: a sixth of the linear work, a seventh of attention's.
-    groups, cost = (PackingGroup(name="all", pack_len=65_536, ac_layers=16),), CostModel(replace(LLAMA3_1_8B, head_params=0))
+    groups = (PackingGroup(name="all", pack_len=65_536, ac_layers=16),)
+    cost = CostModel(replace(LLAMA3_1_8B, head_params=0), replace(H100, micro_step_tokens=100))
+    fixed_s = 100 * cost.token_s
     seconds = micro_step_s(plan_of(array(60_000, 50_000, 10, 10), groups, world_size=2), cost)
     long_s = 7 / 6 * 60_000 * cost.token_s + 8 / 7 * 60_000**2 * cost.square_s
-    assert sorted(seconds.tolist()) == pytest.approx([long_s])
+    assert sorted(seconds.tolist()) == pytest.approx([long_s + fixed_s])
     keeping = tuple(replace(group, ac_mode="selective") for group in groups)
     seconds = micro_step_s(plan_of(array(60_000, 50_000, 10, 10), keeping, world_size=2), cost)
-    assert seconds.tolist() == pytest.approx([7 / 6 * 60_000 * cost.token_s + 60_000**2 * cost.square_s])
+    kept_s = 7 / 6 * 60_000 * cost.token_s + 60_000**2 * cost.square_s
+    assert seconds.tolist() == pytest.approx([kept_s + fixed_s])
     seconds = micro_step_s(plan_of(array(10, 10), groups, world_size=2), cost)
     assert seconds.tolist() == [cost.gather_s(2)]
 

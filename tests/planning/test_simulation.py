@@ -41,7 +41,7 @@ def test_two_packs_by_hand() -> None:
         network_bytes_per_s=1,
         gather_bytes_per_s=2.0,
         gather_network_bytes_per_s=1,
-        micro_step_s=1.0,
+        micro_step_tokens=1.0,
     )
     cost = CostModel(ModelShape(num_layers=1, linear_params=100, attention_dim=1, gathered_params=4), rates)
     # Two ranks, a second for every token, one for every square, one for every micro-step; gathering takes 6 * 4 / 2 / 2 = 6.

@@ -82,13 +82,14 @@ def model_shape(model: nn.Module) -> ModelShape:
     """
     decoder = cast(Any, model)
     attention = decoder.layers[0].attn
+    kv_heads = attention.k_proj.out_features // attention.head_dim  # `adapt_decoder` changes num_kv_heads
     all_params = sum(parameter.numel() for parameter in decoder.parameters())  # a shared one once
     embedding = sum(parameter.numel() for parameter in decoder.tok_embeddings.parameters())
     return ModelShape(
         num_layers=len(decoder.layers),
         linear_params=all_params if isinstance(decoder.output, TiedLinear) else all_params - embedding,
         attention_dim=attention.num_heads * attention.head_dim,
-        kv_dim=attention.k_proj.out_features,  # `adapt_decoder` changes num_kv_heads
+        heads=AttentionHeads(query=attention.num_heads, kv=kv_heads),
         head_params=embedding,  # the output projection has the embedding's shape
         gathered_params=all_params,
     )

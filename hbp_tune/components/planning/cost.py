@@ -6,7 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.components.planning.exchange import AttentionHeads, moved_heads
 from hbp_tune.components.planning.hardware import H100, Rates
+from hbp_tune.components.planning.sharding import CpDegrees
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +20,7 @@ class ModelShape:
         linear_params: weights that every token is multiplied by: all but an input embedding that is only looked up; of
             experts, those that one token uses.
         attention_dim: query heads times head dimension of one layer; where keys and values differ in it, the mean of both.
-        kv_dim: key and value heads times head dimension; as ``attention_dim`` where left out.
+        heads: of one layer, which context parallelism exchanges; as many for keys and values as for queries where left out.
         head_params: of ``linear_params``, those outside the layers: the output projection.
         gathered_params: weights that FSDP gathers; ``linear_params`` where left out.
 
@@ -29,12 +31,12 @@ class ModelShape:
     num_layers: int
     linear_params: int
     attention_dim: int
-    kv_dim: int | None = None
+    heads: AttentionHeads | None = None
     head_params: int = 0
     gathered_params: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("num_layers", "linear_params", "attention_dim", "kv_dim", "gathered_params"):
+        for field in ("num_layers", "linear_params", "attention_dim", "gathered_params"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ConfigError(f"model shape: {field}={value} must be at least 1")
         if not 0 <= self.head_params < self.linear_params:
@@ -52,24 +54,25 @@ class ModelShape:
         """Operations of causal attention per ``len ** 2`` of a document, forward and backward."""
         return 6 * self.num_layers * self.attention_dim
 
-    @property
-    def exchanged_bytes(self) -> int:
-        """Bytes in bf16 that Ulysses sends of each token in one forward of all layers: queries, keys, values and output."""
-        return 2 * self.num_layers * 2 * (self.attention_dim + (self.kv_dim or self.attention_dim))
+    def exchanged_bytes(self, cp_degree: int) -> float:
+        """Bytes in bf16 that a rank receives by Ulysses for each of its tokens, in one forward of all layers."""
+        heads = self.heads or AttentionHeads(query=self.attention_dim, kv=self.attention_dim)
+        head_bytes = 2 * self.num_layers * self.attention_dim / heads.query
+        return head_bytes * moved_heads(heads, CpDegrees(ulysses=cp_degree), padded=cp_degree, gathered_len=0)
 
 
 LLAMA3_1_8B = ModelShape(
     num_layers=32,
     linear_params=7_504_924_672,
     attention_dim=4096,
-    kv_dim=1024,
+    heads=AttentionHeads(query=32, kv=8),
     head_params=525_336_576,
     gathered_params=8_030_261_248,
 )
 
 # Operations outside attention that take as long as one of attention: what plans weigh by, the same for every machine, so that
-# plans are. Measured rates say .87 (H100, all twelve timings of the HBP paper) to .73 (its seven with full-length documents);
-# underestimating attention by half costs 4% of the time, overestimating it 0.3 to 0.8%, so the larger weight is taken.
+# plans are. All twelve timings of the HBP paper say 1.34 (H100), its seven with full-length documents 1.38; underestimating
+# attention by half costs 4% of the time, overestimating it 0.3 to 0.8%, so the larger weight is taken.
 _SQUARE_WEIGHT = 411 / 298
 # A backward of linear layers takes two forwards; flash attention's recomputes the scores too: 5 products to 2.
 _LINEAR_FORWARD, _ATTENTION_FORWARD = 1 / 3, 2 / 7
@@ -113,6 +116,7 @@ class CostModel:
     Attributes:
         double_len: tokens at which attention costs a document as much as everything else does, ``c1 / c2`` of
             ``c1 * len + c2 * len ** 2``, by the weight that is the same for every machine.
+        micro_step_s: modelled seconds of every forward and backward beside those of its pack, gathering of weights apart.
     """
 
     def __init__(self, shape: ModelShape = LLAMA3_1_8B, rates: Rates = H100) -> None:
@@ -120,6 +124,7 @@ class CostModel:
         self.rates = rates
         self.token_s = shape.token_flops / rates.token_flops_per_s
         self.square_s = shape.square_flops / rates.square_flops_per_s
+        self.micro_step_s = rates.micro_step_tokens * self.token_s
         self.double_len = max(1, round(shape.token_flops / shape.square_flops / _SQUARE_WEIGHT))
 
     def sample_cost(self, lengths: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -141,7 +146,8 @@ class CostModel:
     ) -> PackSeconds:
         """Model what each rank of a pack does, gathering of weights apart.
 
-        The exchange is that of Ulysses, an upper bound where keys and values are gathered instead. Inputs that are offloaded come
+        The exchange is that of Ulysses, with heads repeated where a degree needs more of them: an upper bound for schemes that
+        choose what moves least. Inputs that are offloaded come
         and go beside the computation: a layer costs as much as one that recomputes everything.
 
         Args:
@@ -156,14 +162,16 @@ class CostModel:
         recomputed = ac_layers / shape.num_layers
         repeated = np.where(keeps_attention, 0.0, recomputed)
         in_layers = 1 - shape.head_params / shape.linear_params
-        inside = (np.minimum(cp_degree, rates.ranks_per_node) - 1) / cp_degree
-        across = np.maximum(cp_degree - rates.ranks_per_node, 0) / cp_degree
-        sent = tokens * shape.exchanged_bytes / cp_degree * (2 + repeated)
+        degrees, which = np.unique(cp_degree, return_inverse=True)
+        received = (
+            tokens / cp_degree * np.array([shape.exchanged_bytes(int(degree)) for degree in degrees])[which] * (2 + repeated)
+        )
+        across = np.maximum(cp_degree - rates.ranks_per_node, 0) / np.maximum(cp_degree - 1, 1)
         return PackSeconds(
             linear=linear,
             attention=attention,
             recompute=linear * in_layers * _LINEAR_FORWARD * recomputed + attention * _ATTENTION_FORWARD * repeated,
-            exchange=sent * (inside / rates.exchange_bytes_per_s + across / rates.network_bytes_per_s),
+            exchange=received * ((1 - across) / rates.exchange_bytes_per_s + across / rates.network_bytes_per_s),
         )
 
     def gather_s(self, world_size: int) -> float:

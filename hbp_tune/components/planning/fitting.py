@@ -14,6 +14,9 @@ from hbp_tune.components.planning.records import PackingGroup
 
 # In this order they are solved for; what the measurements say nothing about keeps what it was.
 _FITTED = ("token_flops_per_s", "square_flops_per_s", "exchange_bytes_per_s", "network_bytes_per_s")
+# Few measurements can make a part vanish, as if its rate were infinite. Rates of known GPUs start at a third to a seventh of what
+# data sheets give, so that none is taken to be more than eight times its start.
+_MOST_OVER_START = 8
 _SWEEPS = 20_000
 _TOLERANCE = 1e-12
 
@@ -39,15 +42,17 @@ class FittedRates:
 
 
 def predict_s(cost: CostModel, measurement: Measurement) -> float:
-    """Model the seconds of what was measured: forward and backward of one pack, gathering of weights included."""
-    return max(float(_unit_seconds(cost, [measurement]).sum()), cost.gather_s(measurement.world_size))
+    """Model the seconds of what was measured: forward and backward of one pack, or gathering of weights where that is slower."""
+    busy_s = float(_unit_seconds(cost, [measurement]).sum()) + cost.micro_step_s
+    return max(busy_s, cost.gather_s(measurement.world_size))
 
 
 def fit_rates(shape: ModelShape, measurements: Sequence[Measurement], start: Rates) -> FittedRates:
-    """Fit rates by non-negative least squares of relative errors, so that short and long packs count alike.
+    """Fit rates by least squares of relative errors, so that short and long packs count alike.
 
-    Fixed seconds of a micro-step are solved for where there are more measurements than rates. Seconds are linear in the
-    inverses of the rates; a rate that would be infinite or that no measurement depends on keeps its start.
+    Seconds are linear in the inverses of the rates, which are bounded: none is negative, none more than eight times as fast as
+    its start. Fixed seconds of a micro-step are solved for where there are more measurements than rates that they depend on,
+    and are 0 where there are not.
 
     Args:
         shape: of the model that was measured.
@@ -62,21 +67,21 @@ def fit_rates(shape: ModelShape, measurements: Sequence[Measurement], start: Rat
         raise ConfigError(f"{len(timed)} of {len(measurements)} measurements have a time; at least 2 are needed to fit rates")
     seconds = np.array([measurement.micro_step_s for measurement in timed], dtype=np.float64)
     # Seconds by the start's rates, as parts that scale with the inverse of one rate each.
-    parts = _unit_seconds(CostModel(shape, replace(start, micro_step_s=0.0)), timed)
-    if len(timed) > np.count_nonzero(parts.any(axis=0)):
-        parts = np.column_stack((parts, np.ones(len(timed))))
-    scales = non_negative_least_squares(parts / seconds[:, None], np.ones(len(timed)))
-    rates, names = replace(start, micro_step_s=0.0), []
-    for name, scale, part in zip(_FITTED, scales, parts.T, strict=False):
-        if scale > 0 and part.any():
-            rates = replace(rates, **{name: getattr(start, name) / float(scale)})
-            names.append(name)
-    if len(scales) > len(_FITTED):
-        rates = replace(rates, micro_step_s=float(scales[-1]))
-        names.append("micro_step_s")
+    parts = _unit_seconds(CostModel(shape, start), timed)
+    least = np.where(parts.any(axis=0), 1 / _MOST_OVER_START, 0.0)
+    if has_fixed := len(timed) > np.count_nonzero(least):
+        parts, least = np.column_stack((parts, np.ones(len(timed)))), np.append(least, 0.0)
+    relative = parts / seconds[:, None]
+    scales = least + non_negative_least_squares(relative, 1.0 - relative @ least)
+    solved = {name: getattr(start, name) / float(scale) for name, scale in zip(_FITTED, scales, strict=False) if scale > 0}
+    rates = replace(start, **solved, micro_step_tokens=0.0)
+    if has_fixed:
+        rates = replace(rates, micro_step_tokens=float(scales[-1]) / CostModel(shape, rates).token_s)
     fitted = CostModel(shape, rates)
     predicted = np.array([predict_s(fitted, measurement) for measurement in timed])
-    return FittedRates(rates=rates, errors=predicted / seconds - 1, fitted=tuple(names))
+    return FittedRates(
+        rates=rates, errors=predicted / seconds - 1, fitted=(*solved, *(("micro_step_tokens",) if has_fixed else ()))
+    )
 
 
 def _unit_seconds(cost: CostModel, measurements: Sequence[Measurement]) -> NDArray[np.float64]:

@@ -234,7 +234,7 @@ class GroupSelector:
         ).total
         replicas = self._world_size // group.cp_degree
         micro_steps = max(1.0, float(tokens) / (group.pack_len * replicas))
-        busy_s = max(float(all_s) / replicas, float(longest_s)) + self._cost.rates.micro_step_s * micro_steps
+        busy_s = max(float(all_s) / replicas, float(longest_s)) + self._cost.micro_step_s * micro_steps
         return max(busy_s, self._cost.gather_s(self._world_size) * micro_steps)
 
 

@@ -85,7 +85,7 @@ def simulate(work: PackWork, cost: CostModel) -> Simulation:
         cost: of the model on the machine.
     """
     seconds = cost.pack_seconds(work.tokens, work.squares, work.cp_degree, work.ac_layers, work.keeps_attention)
-    busy_s = seconds.total + cost.rates.micro_step_s
+    busy_s = seconds.total + cost.micro_step_s
     slowest_s = np.maximum.reduceat(busy_s, work.micro_step_starts)
     micro_step_s = np.maximum(slowest_s, cost.gather_s(work.world_size))
     all_ranks_s = float(micro_step_s.sum()) * work.world_size
@@ -94,7 +94,7 @@ def simulate(work: PackWork, cost: CostModel) -> Simulation:
         return float((part * work.cp_degree).sum()) / all_ranks_s
 
     shares = {name: share(getattr(seconds, name)) for name in ("linear", "attention", "recompute", "exchange")}
-    shares["fixed"] = share(np.full(len(busy_s), cost.rates.micro_step_s))
+    shares["fixed"] = share(np.full(len(busy_s), cost.micro_step_s))
     shares["gather"] = float((micro_step_s - slowest_s).sum()) * work.world_size / all_ranks_s
     shares["idle"] = max(0.0, 1.0 - sum(shares.values()))
     return Simulation(world_size=work.world_size, micro_step_s=micro_step_s, busy_s=busy_s, shares=shares)
