@@ -17,6 +17,9 @@ _FITTED = ("token_flops_per_s", "square_flops_per_s", "exchange_bytes_per_s", "n
 # Few measurements can make a part vanish, as if its rate were infinite. Rates of known GPUs start at a third to a seventh of what
 # data sheets give, so that none is taken to be more than eight times its start.
 _MOST_OVER_START = 8
+# Errors of more than so many times the median error count by their size, not by its square: a run that something disturbed.
+_USUAL_ERRORS = 2.0
+_REWEIGHTINGS = 50
 _SWEEPS = 20_000
 _TOLERANCE = 1e-12
 
@@ -48,7 +51,10 @@ def predict_s(cost: CostModel, measurement: Measurement) -> float:
 
 
 def fit_rates(shape: ModelShape, measurements: Sequence[Measurement], start: Rates) -> FittedRates:
-    """Fit rates by least squares of relative errors, so that short and long packs count alike.
+    """Fit rates to relative errors, so that short and long packs count alike.
+
+    By least squares, with less weight for measurements far off the rest (Huber 1964, iteratively reweighted): one run that
+    something disturbed must not move all rates.
 
     Seconds are linear in the inverses of the rates, which are bounded: none is negative, none more than eight times as fast as
     its start. Fixed seconds of a micro-step are solved for where there are more measurements than rates that they depend on,
@@ -71,8 +77,7 @@ def fit_rates(shape: ModelShape, measurements: Sequence[Measurement], start: Rat
     least = np.where(parts.any(axis=0), 1 / _MOST_OVER_START, 0.0)
     if has_fixed := len(timed) > np.count_nonzero(least):
         parts, least = np.column_stack((parts, np.ones(len(timed)))), np.append(least, 0.0)
-    relative = parts / seconds[:, None]
-    scales = least + non_negative_least_squares(relative, 1.0 - relative @ least)
+    scales = _robust_least_squares(parts / seconds[:, None], least)
     solved = {name: getattr(start, name) / float(scale) for name, scale in zip(_FITTED, scales, strict=False) if scale > 0}
     rates = replace(start, **solved, micro_step_tokens=0.0)
     if has_fixed:
@@ -100,6 +105,19 @@ def _unit_seconds(cost: CostModel, measurements: Sequence[Measurement]) -> NDArr
     exchange = inside.pack_seconds(tokens, np.zeros_like(squares), *packs).exchange
     computed = (linear.linear + linear.recompute, attention.attention + attention.recompute)
     return np.column_stack((*computed, exchange, linear.exchange - exchange))
+
+
+def _robust_least_squares(matrix: NDArray[np.float64], least: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Minimise Huber's loss of ``matrix @ x - 1`` over ``x >= least``."""
+    target = 1.0 - matrix @ least
+    weights = np.ones(len(matrix))
+    for _ in range(_REWEIGHTINGS):
+        scales = least + non_negative_least_squares(matrix * weights[:, None], target * weights)
+        errors = np.abs(matrix @ scales - 1.0)
+        before, weights = weights, np.sqrt(np.minimum(1.0, _USUAL_ERRORS * np.median(errors) / np.maximum(errors, _TOLERANCE)))
+        if np.abs(weights - before).max() < 1e-6:
+            break
+    return scales
 
 
 def non_negative_least_squares(matrix: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
