@@ -43,6 +43,7 @@ from hbp_tune.components import (
     build,
     build_cp_meshes,
     candidate_groups,
+    check_candidates,
     check_config,
     check_same,
     data_settings,
@@ -75,8 +76,9 @@ from hbp_tune.components import (
 )
 
 log = utils.get_logger("INFO")
-# Documents of a pack beside the one of full length: what most samples of fine-tuning data have.
-TYPICAL_LEN = 1024
+# Documents of packs beside the one of full length: what samples of fine-tuning data have, and the many short ones, in which
+# attention kernels reach other rates.
+TYPICAL_LENS = (1024, 128)
 # What seconds and memory depend on, besides the model's shape and what is chosen for the machine.
 SETTINGS = (
     *("dtype", "compute_dtype", "compile", "custom_sharded_layers", "loss_head"),
@@ -84,10 +86,10 @@ SETTINGS = (
 )
 
 
-def typical_docs(pack_len: int) -> tuple[int, ...]:
-    """Fill a pack with documents of the typical length, and a shorter one with what is left."""
-    whole, rest = divmod(pack_len, TYPICAL_LEN)
-    return (TYPICAL_LEN,) * whole + ((rest,) if rest else ())
+def typical_docs(pack_len: int, doc_len: int = TYPICAL_LENS[0]) -> tuple[int, ...]:
+    """Fill a pack with documents of one length, and a shorter one with what is left."""
+    whole, rest = divmod(pack_len, doc_len)
+    return (doc_len,) * whole + ((rest,) if rest else ())
 
 
 class HBPProfileGroupsRecipe:
@@ -300,7 +302,8 @@ class HBPProfileGroupsRecipe:
             if fitted is None:
                 too_long.add(group.cp_degree)
                 continue
-            self._measure(fitted, typical_docs(group.pack_len))
+            for doc_len in TYPICAL_LENS:
+                self._measure(fitted, typical_docs(group.pack_len, doc_len))
             fitting.append(fitted)
         return fitting
 
@@ -319,10 +322,12 @@ class HBPProfileGroupsRecipe:
 
     def choose(self, fitting: Sequence[PackingGroup]) -> None:
         """Fit the cost model to what was measured, choose groups, say why, and write them."""
+        overlong = getattr(self._planner, "overlong", "error")
+        longest = int(self._lengths.max()) if overlong == "error" else 0
+        check_candidates(fitting, longest, shortage=self._shortage())
         fitted = fit_rates(self._shape, self._profile.measurements, starting_rates(self._device))
         cost = CostModel(self._shape, fitted.rates)
-        overlong = getattr(self._planner, "overlong", "error")
-        most = max((group.pack_len for group in fitting), default=0)
+        most = max(group.pack_len for group in fitting)
         lengths = np.minimum(self._lengths, most) if overlong == "truncate" else self._lengths
         lengths = lengths[lengths <= most] if overlong == "drop" else lengths
         selector = GroupSelector(lengths, planner=self._planner, cost=cost, world_size=self.world_size)
@@ -343,6 +348,15 @@ class HBPProfileGroupsRecipe:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_groups(path, choice.groups, [f"Chosen for {where} of {self._memory_gib:.1f} GiB by {quality}."])
             console.print(f"Written: {path}; train with groups_file={path}", markup=False)
+
+    def _shortage(self) -> str:
+        """Say what the smallest run needed, of what there is."""
+        runs = [one for one in self._profile.measurements if one.peak_gib is not None]
+        if not runs:
+            return f"the smallest ran out of memory, {self._memory_gib:.3g} GiB are given"
+        least = min(runs, key=lambda one: one.peak_gib or 0.0)
+        group = least.group
+        return f"{group.name} over {group.cp_degree} ranks needs {least.peak_gib:.3g} of {self._memory_gib:.3g} GiB"
 
     def cleanup(self) -> None:
         """Leave the process group."""

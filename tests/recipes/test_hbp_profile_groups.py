@@ -61,7 +61,7 @@ def test_groups_are_measured_chosen_and_saved(ranks: Callable[[int], RankPool], 
     assert {(group.pack_len, group.cp_degree) for group in fitting} == {(512, 1), *((1024, degree) for degree in degrees)}
     assert {group.ac_layers for group in fitting} == {0}, "there is memory to spare"
     saved = json.loads((tmp_path / "out" / "profile.json").read_text())
-    assert len(saved["measurements"]) == runs == 3 * len(fitting), "two memory probes and the choice; packs are short"
+    assert len(saved["measurements"]) == runs == 4 * len(fitting), "two memory probes, the choice, and short documents"
     assert saved["machine"]["ranks"] == world_size
     peaks = {
         (m["group"]["pack_len"], m["group"]["cp_degree"], m["group"]["ac_layers"]): m["peak_gib"] for m in saved["measurements"]
@@ -103,8 +103,10 @@ def test_memory_decides_the_recomputed_layers(ranks: Callable[[int], RankPool], 
     fitting, _ = ranks(2).run(profile_job, cfg)[0]
     assert {group.ac_layers for group in fitting if group.pack_len == 1024 and group.cp_degree == 1} == {1}
     cfg.memory_gib = 1e-6
-    with pytest.raises(RankError, match="no packing group fits into memory"):
-        ranks(2).run(profile_job, cfg)
+    for overlong in ("error", "drop"):
+        cfg.planner = {"_component_": "hbp_tune.components.BalancePlanner", "overlong": overlong}
+        with pytest.raises(RankError, match=r"no packing group fits into memory \(\w+ over \d ranks needs [.\d]+ of 1e-06 GiB\)"):
+            ranks(2).run(profile_job, cfg)
 
 
 def short_of_memory_job(cfg: DictConfig, most: int) -> tuple[list[Any], bool]:
@@ -155,3 +157,4 @@ def test_typical_documents_fill_packs_of_any_length() -> None:
     assert typical_docs(512) == (512,)
     assert typical_docs(2048) == (1024, 1024)
     assert typical_docs(2560) == (1024, 1024, 512)
+    assert typical_docs(512, 128) == (128,) * 4
