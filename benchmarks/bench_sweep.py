@@ -4,8 +4,9 @@
     python benchmarks/bench_sweep.py --small                      # half a minute: fewer samples and settings
 
 For every setting the groups are chosen by modelled time and memory (80 GB, H100), as ``hbp_plan groups=auto`` does; beside them
-are one-length ISF in the CP degree that is fastest for it, LongAlign's two ways, and systems that mix CP degrees within a step. A
+are one-length ISF in the strategy that is fastest for it, LongAlign's two ways, and systems that mix CP degrees within a step. A
 step has 16K tokens a rank. The ideal is perfect balance, no communication, and the least recomputation of all candidates.
+``mixing`` is the most that steps which mix CP degrees could add to HBP, with the recomputation of its groups: a bound, no plan.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from paper_tables import head, row
 from quality.plots import Panel, draw
 
-from hbp_tune.components.planning.assignments import assign_epoch, dynamic_cp, flexsp, least_makespan
+from hbp_tune.components.planning.assignments import assign_epoch, dynamic_cp, flexsp, least_mixed_s
 from hbp_tune.components.planning.comparison import plan_baseline
 from hbp_tune.components.planning.cost import CostModel, ModelShape
 from hbp_tune.components.planning.distributions import synthetic_lengths
@@ -90,14 +91,16 @@ class Setting:
         cost = cost_of(self.shape)
         memory = MemoryModel(self.shape, world_size=self.world_size, accumulation="sharded")
         fewest = partial(memory.fewest_ac_layers, budget_gib=BUDGET_GIB)
-        candidates = candidate_groups(int(self.lengths.max()), fewest, world_size=self.world_size, max_cp_degree=64)
+        candidates = candidate_groups(
+            int(self.lengths.max()), fewest, world_size=self.world_size, max_cp_degree=64, ac_modes=("full", "selective")
+        )
         planner = BalancePlanner(self.tokens_per_step)
         some = np.append(self.lengths[::_SELECTED_BY], self.lengths.max())  # choosing plans a dozen times
         choice = GroupSelector(some, planner=planner, cost=cost, world_size=self.world_size).select(candidates)
         baseline = partial(
             plan_baseline, lengths=self.lengths, world_size=self.world_size, seed=0, tokens_per_step=self.tokens_per_step
         )
-        # One-length packing in the CP degree that is fastest for it.
+        # One-length packing in the strategy that is fastest for it.
         strategies = [group for group in candidates if group.pack_len == choice.groups[-1].pack_len]
         isf = {group: PackWork.of_plan(baseline("isf", group=group)) for group in strategies}
         single = min(isf, key=lambda group: simulate(isf[group], cost).epoch_s)
@@ -108,31 +111,17 @@ class Setting:
             works[name] = PackWork.of_plan(plan)
         if others:
             works |= {name: PackWork.of_plan(baseline(name, group=single)) for name in ("longalign_packing", "longalign_sorted")}
-            works |= self._mixed(single, choice.groups, cost)
-        least = min(candidates, key=lambda group: (group.ac_layers, group.pack_len))
+            assign = partial(
+                assign_epoch, self.lengths, tokens_per_step=self.tokens_per_step, world_size=self.world_size, cost=cost
+            )
+            works |= {"flexsp": assign(flexsp(single)), "dynamic cp": assign(dynamic_cp(single))}
         return Result(
             groups=choice.groups,
             one_length=single,
             runs={name: simulate(work, cost) for name, work in works.items()},
-            ideal_s=ideal_s(self.lengths, cost, least, self.world_size),
+            ideal_s=min(ideal_s(self.lengths, cost, group, self.world_size) for group in candidates),
+            least_mixed_s=least_mixed_s(self.lengths, choice.groups, world_size=self.world_size, cost=cost),
         )
-
-    def _mixed(self, single: PackingGroup, groups: Sequence[PackingGroup], cost: CostModel) -> dict[str, PackWork]:
-        """Share the samples out with CP degrees mixed in each step."""
-        local_len = single.pack_len // single.cp_degree
-        by_local = {group.pack_len // group.cp_degree: group.ac_layers for group in (*groups, single)}
-
-        def layers_for(local: int) -> int:
-            return next((by_local[most] for most in sorted(by_local) if local <= most), max(by_local.values()))
-
-        ways = {
-            "flexsp": flexsp(local_len, single.ac_layers),
-            "dynamic cp": dynamic_cp(local_len, single.ac_layers),
-            # Our own groups' recomputation by local length, were a step to mix CP degrees.
-            "mixed steps": least_makespan(max(by_local), layers_for),
-        }
-        assign = partial(assign_epoch, self.lengths, tokens_per_step=self.tokens_per_step, world_size=self.world_size, cost=cost)
-        return {name: assign(way) for name, way in ways.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +132,7 @@ class Result:
     one_length: PackingGroup
     runs: dict[str, Simulation]
     ideal_s: float
+    least_mixed_s: float
 
     def speed_up(self, name: str = "hbp") -> float:
         """Compare with ISF at one length."""
@@ -192,10 +182,11 @@ def _line(result: Result) -> list[Any]:
         *cells,
         share,
         result.where_it_goes(),
+        f"{result.runs['hbp'].epoch_s / result.least_mixed_s - 1:.1%}",
     ]
 
 
-_COLUMNS = ("groups", "one length", "HBP", "paper mode", "ideal", "of the ideal", "the rest")
+_COLUMNS = ("groups", "one length", "HBP", "paper mode", "ideal", "of the ideal", "the rest", "mixing")
 
 
 def by_gpus(num_samples: int | None, worlds: Sequence[int]) -> str:
@@ -212,7 +203,7 @@ def by_gpus(num_samples: int | None, worlds: Sequence[int]) -> str:
                 try:
                     result = Setting(lengths=lengths, shape=shape, world_size=world_size).run(others=with_others)
                 except ConfigError:
-                    row(name, mixture, world_size, "does not fit", *[None] * 6)
+                    row(name, mixture, world_size, "does not fit", *[None] * 7)
                     curves.setdefault(name, []).append(float("nan"))  # a gap in the picture
                     continue
                 row(name, mixture, world_size, *_line(result))
@@ -266,7 +257,7 @@ def by_context(num_short: int, world_size: int) -> str:
         try:
             results.append(Setting(lengths=mixed, shape=LLAMA3_1_8B_DECODER, world_size=world_size).run())
         except ConfigError as error:
-            row(names.pop(), str(error), *[None] * 6)
+            row(names.pop(), str(error), *[None] * 7)
             continue
         row(names[-1], *_line(results[-1]))
     print()

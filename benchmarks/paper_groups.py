@@ -233,7 +233,7 @@ def speed_ups(lengths: Lengths) -> None:
     manual = (PackingGroup(name="short", pack_len=32_768, cp_degree=2, ac_layers=28), LONG)
     isf = baseline(lengths, "isf")
     some = lengths[::_SHARED_OUT_BY]
-    shared_out = assign_epoch(some, flexsp(16_384, LONG.ac_layers), tokens_per_step=524_288, world_size=WORLD_SIZE, cost=COST)
+    shared_out = assign_epoch(some, flexsp(LONG), tokens_per_step=524_288, world_size=WORLD_SIZE, cost=COST)
     rows = {
         "naive (isf to 128K)": (isf, 5.22),
         "hierarchical": (plan(lengths, WORLD_SIZE, mode="paper", sort_by=None), 4.51),

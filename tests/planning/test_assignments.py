@@ -1,23 +1,29 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.assignments import MixedDegrees, assign_epoch, dynamic_cp, flexsp
+from hbp_tune.components.planning.assignments import MixedDegrees, assign_epoch, dynamic_cp, flexsp, least_mixed_s
 from hbp_tune.components.planning.cost import CostModel
 from hbp_tune.components.planning.errors import PackingError
-from hbp_tune.components.planning.simulation import simulate
+from hbp_tune.components.planning.hardware import H100
+from hbp_tune.components.planning.planner import BalancePlanner
+from hbp_tune.components.planning.records import PackingGroup
+from hbp_tune.components.planning.simulation import PackWork, simulate
 from tests.planning.helpers import chat_lengths
 
 COST = CostModel()
 WORLD_SIZE, LOCAL_LEN = 8, 2048
+# 2,048 tokens a rank.
+GROUP = PackingGroup(name="long", pack_len=16_384, cp_degree=8, ac_layers=4)
 
 
 @pytest.mark.parametrize("make", [flexsp, dynamic_cp])
 @pytest.mark.parametrize("seed", range(5))
 def test_every_sample_is_once_in_a_pack_that_holds_it(make: object, seed: int) -> None:
     lengths = np.concatenate((chat_lengths(400, 2048, seed), [3000, 9000, 16_000])).astype(np.int32)
-    how: MixedDegrees = make(LOCAL_LEN, 4)  # type: ignore[operator]
+    how: MixedDegrees = make(GROUP)  # type: ignore[operator]
     work = assign_epoch(lengths, how, tokens_per_step=32_768, world_size=WORLD_SIZE, cost=COST, seed=seed)
     assert work.tokens.sum() == lengths.sum()
     assert work.squares.sum() == (lengths.astype(np.int64) ** 2).sum()
@@ -30,7 +36,7 @@ def test_every_sample_is_once_in_a_pack_that_holds_it(make: object, seed: int) -
 def test_degrees_by_hand() -> None:
     # 4,096 tokens need two ranks, 4,097 four; short ones fill what is left.
     lengths = np.array([4096, 4097, 100, 100], dtype=np.int32)
-    work = assign_epoch(lengths, dynamic_cp(2048, 0), tokens_per_step=100_000, world_size=8, cost=COST)
+    work = assign_epoch(lengths, dynamic_cp(GROUP), tokens_per_step=100_000, world_size=8, cost=COST)
     assert sorted(work.cp_degree.tolist()) == [1, 1, 2, 4]
     assert sorted(work.tokens.tolist()) == [100, 100, 4096, 4097]
 
@@ -38,8 +44,8 @@ def test_degrees_by_hand() -> None:
 def test_wider_degrees_are_taken_where_they_are_faster() -> None:
     # One long sample and nothing else to do for the other ranks.
     lengths = np.array([4096], dtype=np.int32)
-    narrow = assign_epoch(lengths, dynamic_cp(2048, 0), tokens_per_step=8192, world_size=8, cost=COST)
-    wide = assign_epoch(lengths, flexsp(2048, 0), tokens_per_step=8192, world_size=8, cost=COST)
+    narrow = assign_epoch(lengths, dynamic_cp(GROUP), tokens_per_step=8192, world_size=8, cost=COST)
+    wide = assign_epoch(lengths, flexsp(GROUP), tokens_per_step=8192, world_size=8, cost=COST)
     assert narrow.cp_degree.max() == 2
     assert wide.cp_degree.max() == 8
     assert simulate(wide, COST).busy_s.max() < simulate(narrow, COST).busy_s.max()
@@ -48,7 +54,8 @@ def test_wider_degrees_are_taken_where_they_are_faster() -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_short_samples_are_within_the_bound_of_lpt(seed: int) -> None:
     lengths = np.random.default_rng(seed).integers(100, 2000, 7).astype(np.int32)
-    work = assign_epoch(lengths, dynamic_cp(16_384, 0), tokens_per_step=10**6, world_size=2, cost=COST)
+    group = PackingGroup(name="g", pack_len=16_384)
+    work = assign_epoch(lengths, dynamic_cp(group), tokens_per_step=10**6, world_size=2, cost=COST)
     squares = lengths.astype(np.int64) ** 2
     best = min(
         max(squares[list(chosen)].sum(), squares.sum() - squares[list(chosen)].sum())
@@ -59,5 +66,28 @@ def test_short_samples_are_within_the_bound_of_lpt(seed: int) -> None:
 
 
 def test_a_sample_that_all_ranks_cannot_hold() -> None:
-    with pytest.raises(PackingError, match=r"a sample has 20000 tokens, 8 ranks hold 16384; raise local_len or world_size"):
-        assign_epoch(np.array([20_000], dtype=np.int32), flexsp(2048, 0), tokens_per_step=1, world_size=8, cost=COST)
+    with pytest.raises(PackingError, match=r"a sample has 20000 tokens, 8 ranks hold 16384; give longer packs or more ranks"):
+        assign_epoch(np.array([20_000], dtype=np.int32), flexsp(GROUP), tokens_per_step=1, world_size=8, cost=COST)
+
+
+def test_the_bound_of_mixed_steps_by_hand() -> None:
+    # 2,000 tokens stay on a rank; 9,000 need at least eight of these, where the short group has no room for them.
+    lengths, cost = np.array([2000, 9000], dtype=np.int32), CostModel(rates=replace(H100, micro_step_tokens=0.0))
+    short = PackingGroup(name="short", pack_len=2048)
+    bound = least_mixed_s(lengths, [short, GROUP], world_size=8, cost=cost)
+    ones = np.ones(1, dtype=np.int64)
+    alone = cost.pack_seconds(2000 * ones, 2000**2 * ones, ones, 0 * ones).total[0]
+    # Packs of 2,048 tokens a rank may do without recomputation, as the short group does.
+    shared = cost.pack_seconds(9000 * ones, 9000**2 * ones, 8 * ones, 0 * ones).total[0]
+    assert bound == pytest.approx((alone + 8 * shared) / 8)
+
+
+@pytest.mark.parametrize("make", [flexsp, dynamic_cp])
+def test_no_mixed_steps_and_no_plan_are_below_the_bound(make: object) -> None:
+    lengths = np.concatenate((chat_lengths(400, 2048, 0), [3000, 9000, 16_000])).astype(np.int32)
+    bound = least_mixed_s(lengths, [GROUP], world_size=WORLD_SIZE, cost=COST)
+    how: MixedDegrees = make(GROUP)  # type: ignore[operator]
+    work = assign_epoch(lengths, how, tokens_per_step=32_768, world_size=WORLD_SIZE, cost=COST)
+    assert bound <= simulate(work, COST).epoch_s
+    plan = BalancePlanner().plan(lengths, np.ones_like(lengths), [GROUP], world_size=WORLD_SIZE, seed=0, cost=COST)
+    assert bound <= simulate(PackWork.of_plan(plan), COST).epoch_s

@@ -2,7 +2,7 @@
 
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,8 @@ from numpy.typing import NDArray
 from hbp_tune.components.planning.cost import CostModel
 from hbp_tune.components.planning.errors import PackingError
 from hbp_tune.components.planning.hashing import hashed_order
+from hbp_tune.components.planning.records import PackingGroup
 from hbp_tune.components.planning.simulation import PackWork, simulate
-
-# Recomputed layers of a pack with so many tokens a rank.
-LayersFor = Callable[[int], int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,46 +20,62 @@ class MixedDegrees:
     """How samples of a batch are put onto ranks.
 
     Args:
-        local_len: most tokens of a rank in a micro-step.
-        layers_for: recomputed layers by tokens of a rank.
+        group: whose tokens a rank and recomputation all packs have, whatever their CP degree.
         widenings: factors of the smallest CP degree that long samples are tried with; the fastest is taken.
         spreads: whether long samples of a batch are spread over its micro-steps, or put together; the faster is taken.
         more_micro_steps: beyond the fewest that hold the batch, so many more are tried.
         by_attention: balance ``len ** 2`` per rank alone, rather than modelled cost.
     """
 
-    local_len: int
-    layers_for: LayersFor
+    group: PackingGroup
     widenings: tuple[int, ...] = (1,)
     spreads: tuple[bool, ...] = (True,)
     more_micro_steps: int = 0
     by_attention: bool = False
 
+    @property
+    def local_len(self) -> int:
+        """Most tokens of a rank in a micro-step."""
+        return self.group.pack_len // self.group.cp_degree
 
-def flexsp(local_len: int, ac_layers: int) -> MixedDegrees:
+
+def flexsp(group: PackingGroup) -> MixedDegrees:
     """Share out like FlexSP (arXiv 2412.01523): mixed CP degrees per batch, so that the makespan is least.
 
-    Longest processing time first with a choice of degrees, in place of its mixed-integer program, which takes 5 to 15 s a
-    batch; one recomputation for all, as its batches have.
+    Longest processing time first with a choice of degrees, a dozen ways for each batch, in place of its mixed-integer program,
+    which takes 5 to 15 s a batch; one recomputation for all, as its batches have.
     """
-    return least_makespan(local_len, lambda local: ac_layers)
+    return MixedDegrees(group=group, widenings=(1, 2, 4), spreads=(True, False), more_micro_steps=1)
 
 
-def least_makespan(local_len: int, layers_for: LayersFor) -> MixedDegrees:
-    """Try a dozen ways for each batch, and take the fastest.
+def dynamic_cp(group: PackingGroup) -> MixedDegrees:
+    """Share out like Megatron-LM's dynamic context parallelism: the smallest degree that holds a sample, balance by attention."""
+    return MixedDegrees(group=group, by_attention=True)
+
+
+def least_mixed_s(lengths: NDArray[np.int32], groups: Sequence[PackingGroup], *, world_size: int, cost: CostModel) -> float:
+    """Bound an epoch from below whose steps mix CP degrees: how much could mixing add to balance packing?
+
+    Every sample is on as many ranks as do it in least time, in packs with the tokens a rank and the recomputation of any of the
+    groups; no rank ever waits, no weights are gathered, and all micro-steps are full.
 
     Args:
-        local_len: most tokens of a rank in a micro-step.
-        layers_for: recomputed layers by tokens of a rank.
+        lengths: ``int32[num_samples]``.
+        groups: of the balance packing that is compared.
+        world_size: ranks of the run.
+        cost: of the model on the machine.
+
+    Returns:
+        Seconds.
     """
-    return MixedDegrees(
-        local_len=local_len, layers_for=layers_for, widenings=(1, 2, 4), spreads=(True, False), more_micro_steps=1
-    )
-
-
-def dynamic_cp(local_len: int, ac_layers: int) -> MixedDegrees:
-    """Share out like Megatron-LM's dynamic context parallelism: the smallest degree that holds a sample, balance by attention."""
-    return MixedDegrees(local_len=local_len, layers_for=lambda local: ac_layers, by_attention=True)
+    wide = lengths.astype(np.int64)
+    least = np.full(len(wide), np.inf)
+    for group, power in itertools.product(groups, range(world_size.bit_length())):
+        degree, local_len = np.full(len(wide), 2**power), group.pack_len // group.cp_degree
+        seconds = cost.pack_seconds(wide, wide**2, degree, np.full(len(wide), group.ac_layers), group.ac_mode == "selective")
+        least = np.minimum(least, np.where(wide <= local_len * degree, seconds.total * degree, np.inf))
+    most_tokens = world_size * max(group.pack_len // group.cp_degree for group in groups)
+    return float(least.sum()) / world_size + cost.micro_step_s * float(wide.sum()) / most_tokens
 
 
 @dataclass(slots=True)
@@ -97,7 +111,8 @@ def assign_epoch(
     """
     if (longest := int(lengths.max())) > world_size * how.local_len:
         raise PackingError(
-            f"a sample has {longest} tokens, {world_size} ranks hold {world_size * how.local_len}; raise local_len or world_size"
+            f"a sample has {longest} tokens, {world_size} ranks hold {world_size * how.local_len}; "
+            f"give longer packs or more ranks"
         )
     shuffled = lengths[hashed_order(len(lengths), seed=seed, epoch=0, stream="assignment")].astype(np.int64)
     batch_of = (np.cumsum(shuffled) - shuffled) // tokens_per_step
@@ -118,13 +133,12 @@ def assign_epoch(
 
 def _work_of(packs: Sequence[Sequence["_Pack"]], how: MixedDegrees, world_size: int) -> PackWork:
     flat = [pack for step in packs for pack in step]
-    local = [-(-pack.tokens // pack.cp_degree) for pack in flat]
     return PackWork(
         tokens=np.array([pack.tokens for pack in flat]),
         squares=np.array([pack.squares for pack in flat]),
         cp_degree=np.array([pack.cp_degree for pack in flat]),
-        ac_layers=np.array([how.layers_for(tokens) for tokens in local]),
-        keeps_attention=np.zeros(len(flat), dtype=np.bool_),
+        ac_layers=np.full(len(flat), how.group.ac_layers),
+        keeps_attention=np.full(len(flat), how.group.ac_mode == "selective"),
         micro_step_starts=np.cumsum([0, *(len(step) for step in packs[:-1])]),
         world_size=world_size,
     )
