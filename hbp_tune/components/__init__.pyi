@@ -97,6 +97,8 @@ from hbp_tune.components.planning.selection import check_candidates as check_can
 from hbp_tune.components.planning.selection import length_name as length_name
 from hbp_tune.components.planning.selection import paper_rule as paper_rule
 from hbp_tune.components.planning.sharding import CpDegrees as CpDegrees
+from hbp_tune.components.planning.simulation import PackWork as PackWork
+from hbp_tune.components.planning.simulation import simulate as simulate
 from hbp_tune.components.planning.stages import ShortFirst as ShortFirst
 from hbp_tune.components.planning.stages import Staged as Staged
 from hbp_tune.components.reporting.advice import expected_time as expected_time
@@ -121,6 +123,7 @@ from hbp_tune.components.reporting.tables import print_groups as print_groups
 from hbp_tune.components.reporting.tables import print_lengths as print_lengths
 from hbp_tune.components.reporting.tables import print_metrics as print_metrics
 from hbp_tune.components.reporting.tables import print_plan as print_plan
+from hbp_tune.components.reporting.trace import write_trace as write_trace
 from hbp_tune.components.training.busy import busy_clock as busy_clock
 from hbp_tune.components.training.disk import export_weights as export_weights
 from hbp_tune.components.training.disk import num_bytes as num_bytes

@@ -38,6 +38,7 @@ from hbp_tune.components import (
     GroupSelector,
     MemoryModel,
     PackingGroup,
+    PackWork,
     Places,
     PlanMetrics,
     PlanReport,
@@ -80,10 +81,12 @@ from hbp_tune.components import (
     run_recipe,
     select_context_parallel,
     setting,
+    simulate,
     synthetic_lengths,
     write_groups,
     write_plan,
     write_summary,
+    write_trace,
 )
 
 DEFAULT_WORLD_SIZE = 8
@@ -101,6 +104,7 @@ class HBPPlanRecipe:
               distribution (``tulu3_longcite`` ...); with it ``lengths_column`` of the file, ``num_samples`` of the
               distribution.
             - ``baselines``: packers to compare with, beside ``isf``.
+            - ``trace``: of how many optimizer steps to write a modelled time line of every rank; none by default.
             - ``gpu``: whose time is modelled, by default ``H100``.
             - ``groups: auto``: choose the groups for these data, this model and GPU, by the cost model; ``memory_gib`` of each
               GPU, by default what it has. They are written to ``groups.yaml``, for ``groups_file``.
@@ -125,6 +129,9 @@ class HBPPlanRecipe:
         self._context_parallel = select_context_parallel(scheme) if isinstance(scheme, str) else build("context_parallel", scheme)
         self._baselines = _baseline_names(cfg.get("baselines"))
         self._epochs, self._max_steps = cfg.epochs, cfg.get("max_steps")
+        self._trace_steps = cfg.get("trace") or 0
+        if not isinstance(self._trace_steps, int) or self._trace_steps < 0:
+            raise ConfigError(f"trace={cfg.trace!r} must be a whole number of optimizer steps, or be left out")
         self._output_dir = Path(cfg.output_dir)
         self._console = Console(highlight=False, soft_wrap=True)
         self._seconds: dict[str, float] = {}
@@ -350,6 +357,9 @@ class HBPPlanRecipe:
             "plan.html": lambda path: path.write_text(render_page(report), encoding="utf-8"),
             "plan.json": lambda path: write_summary(path, report),
         }
+        if self._trace_steps:
+            simulation = simulate(PackWork.of_plan(report.plan), report.cost)
+            writers["trace.json"] = lambda path: write_trace(path, report.plan, simulation, self._trace_steps)
         aside = {self._output_dir / f"{name}.{os.getpid()}.tmp": self._output_dir / name for name in writers}
         try:
             with self._writing():

@@ -8,7 +8,7 @@ from hbp_tune.components.planning.cost import CostModel, ModelShape
 from hbp_tune.components.planning.hardware import H100, Rates
 from hbp_tune.components.planning.planner import BalancePlanner
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup
-from hbp_tune.components.planning.simulation import SHARES, PackWork, ideal_s, simulate, timeline
+from hbp_tune.components.planning.simulation import SHARES, PackWork, ideal_s, simulate
 from tests.planning.helpers import chat_lengths
 
 GROUPS = (PackingGroup(name="short", pack_len=4096, ac_layers=3), PackingGroup(name="long", pack_len=16_384, cp_degree=4))
@@ -60,18 +60,6 @@ def test_two_packs_by_hand() -> None:
     seconds = {name: share * 2 * 19 for name, share in result.shares.items()}
     by_hand = {"linear": 6, "attention": 12, "recompute": 0, "exchange": 0, "fixed": 4, "gather": 6, "idle": 10}
     assert seconds == pytest.approx(by_hand)
-
-
-def test_the_timeline_waits_for_the_slowest() -> None:
-    plan = plan_of()
-    result = simulate(PackWork.of_plan(plan), COST)
-    begins, done = timeline(plan, result, slice(2, 5))
-    assert done.shape == (3, 8)
-    assert np.allclose(np.diff(begins), result.micro_step_s[2:4])
-    assert (done.max(axis=1) <= begins + result.micro_step_s[2:5] + 1e-12).all()
-    # The ranks of one pack are done together.
-    first = int(plan.micro_step_starts[2])
-    assert np.allclose(done[0, : plan.cp_degrees[first]], begins[0] + result.busy_s[first])
 
 
 @pytest.mark.parametrize("name", BASELINE_NAMES)

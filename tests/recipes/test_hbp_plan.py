@@ -74,6 +74,15 @@ def test_the_answer_comes_first_and_everything_is_written(tmp_path: Path, capsys
     assert report.headline in (tmp_path / "out/plan.html").read_text()
 
 
+def test_a_trace_of_the_first_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(config(tmp_path, world_size=4, trace=2))
+    assert str(tmp_path / "out/trace.json") in capsys.readouterr().out
+    events = json.loads((tmp_path / "out/trace.json").read_text())["traceEvents"]
+    assert {event["args"].get("step") for event in events if event["ph"] == "X"} == {0, 1}
+    with pytest.raises(ConfigError, match=r"trace='all' must be a whole number of optimizer steps, or be left out"):
+        plan(config(tmp_path, trace="all"))
+
+
 def plan_hashes_job(cfg: DictConfig) -> list[str]:
     recipe = HBPFullFinetuneRecipeDistributed(cfg)
     recipe.setup(cfg)

@@ -64,7 +64,9 @@ _OURS = frozenset(
     ]
 )
 # Keys of `hbp_plan`, which training takes no notice of: one file serves both.
-_PLAN = frozenset(["lengths", "lengths_column", "num_samples", "world_size", "baselines", "gpu", "memory_gib", "profile"])
+_PLAN = frozenset(
+    ["lengths", "lengths_column", "num_samples", "world_size", "baselines", "trace", "gpu", "memory_gib", "profile"]
+)
 # Keys without which there is no training.
 REQUIRED = ("output_dir", "tokenizer", "dataset", "model", "checkpointer", "optimizer", "device", "dtype", "epochs")
 # Whole numbers, and their least values.

@@ -147,8 +147,8 @@ class CostModel:
         """Model what each rank of a pack does, gathering of weights apart.
 
         The exchange is that of Ulysses, with heads repeated where a degree needs more of them: an upper bound for schemes that
-        choose what moves least. Inputs that are offloaded come
-        and go beside the computation: a layer costs as much as one that recomputes everything.
+        choose what moves least. Inputs that are offloaded come and go beside the computation: a layer costs as much as one that
+        recomputes everything.
 
         Args:
             tokens: ``int64[packs]``, real tokens.

@@ -57,6 +57,7 @@ class Simulation:
         world_size: ranks.
         micro_step_s: ``float64[micro_steps]``, seconds of each: every one is a synchronisation, as FSDP gathers weights in it.
         busy_s: ``float64[packs]``, seconds that each rank of a pack is busy.
+        exchange_s: ``float64[packs]``, those of them in which it exchanges tokens with the pack's other ranks.
         shares: of all ranks' seconds, by name of `SHARES`; they add up to 1. ``gather`` is what computing does not hide, ``idle``
             what ranks wait for the slowest one.
     """
@@ -64,6 +65,7 @@ class Simulation:
     world_size: int
     micro_step_s: NDArray[np.float64]
     busy_s: NDArray[np.float64]
+    exchange_s: NDArray[np.float64]
     shares: dict[str, float]
 
     @property
@@ -97,24 +99,9 @@ def simulate(work: PackWork, cost: CostModel) -> Simulation:
     shares["fixed"] = share(np.full(len(busy_s), cost.micro_step_s))
     shares["gather"] = float((micro_step_s - slowest_s).sum()) * work.world_size / all_ranks_s
     shares["idle"] = max(0.0, 1.0 - sum(shares.values()))
-    return Simulation(world_size=work.world_size, micro_step_s=micro_step_s, busy_s=busy_s, shares=shares)
-
-
-def timeline(plan: EpochPlan, simulation: Simulation, micro_steps: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Say when every rank is done with its own work.
-
-    Args:
-        plan: that was simulated.
-        simulation: of it.
-        micro_steps: which ones.
-
-    Returns:
-        ``float64[micro_steps]`` seconds at which each begins, from the epoch's start, and ``float64[micro_steps, ranks]``
-        seconds at which each rank has nothing left to do in it but wait.
-    """
-    begins = np.cumsum(simulation.micro_step_s) - simulation.micro_step_s
-    busy_by_rank = np.repeat(simulation.busy_s, plan.cp_degrees).reshape(-1, plan.world_size)
-    return begins[micro_steps], begins[micro_steps, None] + busy_by_rank[micro_steps]
+    return Simulation(
+        world_size=work.world_size, micro_step_s=micro_step_s, busy_s=busy_s, exchange_s=seconds.exchange, shares=shares
+    )
 
 
 def ideal_s(lengths: NDArray[np.int32], cost: CostModel, group: PackingGroup, world_size: int) -> float:
