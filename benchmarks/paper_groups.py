@@ -210,10 +210,10 @@ def choice(lengths: Lengths) -> None:
         timed = [(group, _iteration_s(group)) for group in candidates if group.pack_len >= 1024 * MIXED[0][0]]
         fastest[name] = {group.name: (group, s) for group, s in sorted(timed, key=lambda pair: -pair[1])}
         by_rule, chosen = paper_rule(timed, fewest), selector.select(candidates)
-        seconds = (selector.epoch_s(by_rule, lengths), chosen.epoch_s)
+        seconds = (selector.epoch_s(by_rule), chosen.epoch_s)
         days = [f"{epoch_s * WORLD_SIZE / 86_400:.2f}" for epoch_s in seconds]
         row(name, describe_set(by_rule), days[0], describe_set(chosen.groups), days[1])
-    days_of_paper = selector.epoch_s(GROUPS, lengths) * WORLD_SIZE / 86_400
+    days_of_paper = selector.epoch_s(GROUPS) * WORLD_SIZE / 86_400
     row("as the paper has it", describe_set(GROUPS), f"{days_of_paper:.2f}", "-", "-")
     print("\nFastest strategy of each length at equal tokens, seconds of an iteration:\n")
     head("length", "paper", *fastest)

@@ -17,8 +17,9 @@ _FITTED = ("token_flops_per_s", "square_flops_per_s", "exchange_bytes_per_s", "n
 # Few measurements can make a part vanish, as if its rate were infinite. Rates of known GPUs start at a third to a seventh of what
 # data sheets give, so that none is taken to be more than eight times its start.
 _MOST_OVER_START = 8
-# Errors of more than so many times the median error count by their size, not by its square: a run that something disturbed.
-_USUAL_ERRORS = 2.0
+# Errors of more than so many times the median error, and of more than timing scatters by anyhow, count by their size, not by its
+# square: a run that something disturbed.
+_USUAL_ERRORS, _USUAL_SCATTER = 2.0, 0.02
 _REWEIGHTINGS = 50
 _SWEEPS = 20_000
 _TOLERANCE = 1e-12
@@ -114,7 +115,8 @@ def _robust_least_squares(matrix: NDArray[np.float64], least: NDArray[np.float64
     for _ in range(_REWEIGHTINGS):
         scales = least + non_negative_least_squares(matrix * weights[:, None], target * weights)
         errors = np.abs(matrix @ scales - 1.0)
-        before, weights = weights, np.sqrt(np.minimum(1.0, _USUAL_ERRORS * np.median(errors) / np.maximum(errors, _TOLERANCE)))
+        usual = max(_USUAL_ERRORS * float(np.median(errors)), _USUAL_SCATTER)
+        before, weights = weights, np.sqrt(np.minimum(1.0, usual / np.maximum(errors, _TOLERANCE)))
         if np.abs(weights - before).max() < 1e-6:
             break
     return scales
