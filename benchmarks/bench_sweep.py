@@ -6,12 +6,14 @@
 For every setting the groups are chosen by modelled time and memory (80 GB, H100), as ``hbp_plan groups=auto`` does; beside them
 are one-length ISF in the strategy that is fastest for it, LongAlign's two ways, and systems that mix CP degrees within a step. A
 step has 16K tokens a rank. The ideal is perfect balance, no communication, and the least recomputation of all candidates.
-``mixing`` is the most that steps which mix CP degrees could add to HBP, with the recomputation of its groups: a bound, no plan.
+``mixing`` is what steps that mix CP degrees, planned over the whole epoch, would bring beyond HBP; and, in brackets, the most
+that any such plan with the recomputation of HBP's groups could.
 """
 
 import argparse
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from hbp_tune.components.planning.distributions import synthetic_lengths
 from hbp_tune.components.planning.errors import ConfigError
 from hbp_tune.components.planning.exchange import AttentionHeads
 from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER, DecoderShape, MemoryModel
+from hbp_tune.components.planning.mixing import assign_mixed
 from hbp_tune.components.planning.planner import BalancePlanner
 from hbp_tune.components.planning.records import PackingGroup
 from hbp_tune.components.planning.selection import GroupSelector, candidate_groups
@@ -46,8 +49,6 @@ LLAMA3_1_70B = DecoderShape(
 MODELS = {"Llama 3.1 8B": LLAMA3_1_8B_DECODER, "Qwen2.5 32B": QWEN2_5_32B, "Llama 3.1 70B": LLAMA3_1_70B}
 MIXTURES = ("tulu3_longcite", "openhermes_longcite", "tulu3_longwriter")
 NEEDED_SHARE = 0.9
-# Groups are chosen by every fourth sample.
-_SELECTED_BY = 4
 
 
 def cost_of(shape: DecoderShape) -> CostModel:
@@ -95,8 +96,7 @@ class Setting:
             int(self.lengths.max()), fewest, world_size=self.world_size, max_cp_degree=64, ac_modes=("full", "selective")
         )
         planner = BalancePlanner(self.tokens_per_step)
-        some = np.append(self.lengths[::_SELECTED_BY], self.lengths.max())  # choosing plans a dozen times
-        choice = GroupSelector(some, planner=planner, cost=cost, world_size=self.world_size).select(candidates)
+        choice = GroupSelector(self.lengths, planner=planner, cost=cost, world_size=self.world_size).select(candidates)
         baseline = partial(
             plan_baseline, lengths=self.lengths, world_size=self.world_size, seed=0, tokens_per_step=self.tokens_per_step
         )
@@ -121,7 +121,26 @@ class Setting:
             runs={name: simulate(work, cost) for name, work in works.items()},
             ideal_s=min(ideal_s(self.lengths, cost, group, self.world_size) for group in candidates),
             least_mixed_s=least_mixed_s(self.lengths, choice.groups, world_size=self.world_size, cost=cost),
+            mixed_s=min(self._mixed_s(ladder, cost) for ladder in _ladders(choice.groups, int(self.lengths.max()))),
         )
+
+    def _mixed_s(self, ladder: Sequence[PackingGroup], cost: CostModel) -> float:
+        if ladder[-1].cp_degree > self.world_size:
+            return float("inf")
+        return simulate(assign_mixed(self.lengths, ladder, world_size=self.world_size, cost=cost), cost).epoch_s
+
+
+def _ladders(groups: Sequence[PackingGroup], longest: int) -> list[list[PackingGroup]]:
+    """Give packs of every CP degree: with as many tokens a rank as the shortest group's, or the groups themselves if any."""
+    by_degree = {group.cp_degree: group for group in groups}
+    short = groups[0]
+    plain, own = [short], [by_degree[short.cp_degree]]
+    while plain[-1].pack_len < longest:
+        degree, pack_len = 2 * plain[-1].cp_degree, 2 * plain[-1].pack_len
+        plain.append(replace(short, name=f"cp{degree}", cp_degree=degree, pack_len=pack_len))
+        if own[-1].pack_len < longest:
+            own.append(by_degree.get(degree, plain[-1]))
+    return [plain, own] if all(a.pack_len < b.pack_len for a, b in itertools.pairwise(own)) else [plain]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +152,7 @@ class Result:
     runs: dict[str, Simulation]
     ideal_s: float
     least_mixed_s: float
+    mixed_s: float
 
     def speed_up(self, name: str = "hbp") -> float:
         """Compare with ISF at one length."""
@@ -175,6 +195,7 @@ def main() -> None:
 
 def _line(result: Result) -> list[Any]:
     cells = [f"{result.speed_up():.2f}", f"{result.speed_up('paper mode'):.2f}", f"{result.ideal_speed_up:.2f}"]
+    hbp_s = result.runs["hbp"].epoch_s
     share = f"{result.of_ideal:.1%}" if result.of_ideal >= NEEDED_SHARE else f"_{result.of_ideal:.1%}_"
     return [
         describe_set(result.groups),
@@ -182,7 +203,7 @@ def _line(result: Result) -> list[Any]:
         *cells,
         share,
         result.where_it_goes(),
-        f"{result.runs['hbp'].epoch_s / result.least_mixed_s - 1:.1%}",
+        f"{hbp_s / result.mixed_s - 1:.1%} ({hbp_s / result.least_mixed_s - 1:.1%})",
     ]
 
 

@@ -57,7 +57,7 @@ def least_mixed_s(lengths: NDArray[np.int32], groups: Sequence[PackingGroup], *,
     """Bound an epoch from below whose steps mix CP degrees: how much could mixing add to balance packing?
 
     Every sample is on as many ranks as do it in least time, in packs with the tokens a rank and the recomputation of any of the
-    groups; no rank ever waits, no weights are gathered, and all micro-steps are full.
+    groups; all packs are full, no rank ever waits, and no weights are gathered.
 
     Args:
         lengths: ``int32[num_samples]``.
@@ -73,9 +73,9 @@ def least_mixed_s(lengths: NDArray[np.int32], groups: Sequence[PackingGroup], *,
     for group, power in itertools.product(groups, range(world_size.bit_length())):
         degree, local_len = np.full(len(wide), 2**power), group.pack_len // group.cp_degree
         seconds = cost.pack_seconds(wide, wide**2, degree, np.full(len(wide), group.ac_layers), group.ac_mode == "selective")
-        least = np.minimum(least, np.where(wide <= local_len * degree, seconds.total * degree, np.inf))
-    most_tokens = world_size * max(group.pack_len // group.cp_degree for group in groups)
-    return float(least.sum()) / world_size + cost.micro_step_s * float(wide.sum()) / most_tokens
+        all_ranks_s = seconds.total * degree + cost.micro_step_s * wide / local_len
+        least = np.minimum(least, np.where(wide <= local_len * degree, all_ranks_s, np.inf))
+    return float(least.sum()) / world_size
 
 
 @dataclass(slots=True)
