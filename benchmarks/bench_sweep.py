@@ -102,6 +102,7 @@ class Setting:
         )
         # One-length packing in the strategy that is fastest for it.
         strategies = [group for group in candidates if group.pack_len == choice.groups[-1].pack_len]
+        strategies = [group for group in strategies if group.pack_len // group.cp_degree <= LOCAL_TOKENS] or strategies
         isf = {group: PackWork.of_plan(baseline("isf", group=group)) for group in strategies}
         single = min(isf, key=lambda group: simulate(isf[group], cost).epoch_s)
         works = {"isf": isf[single]}

@@ -218,3 +218,19 @@ def test_the_paper_setting_from_the_model_alone() -> None:
     theirs = (group(16_384, 1, 12), group(131_072, 8, 13))
     assert choice.epoch_s <= selector.epoch_s(theirs)
     assert choice.groups[-1].pack_len == 131_072
+
+
+def test_groups_that_would_make_steps_larger_are_left_out() -> None:
+    lengths = synthetic_lengths("tulu3_longwriter", 3000)[0]
+    candidates = candidate_groups(int(lengths.max()), lambda group: 0, world_size=8)
+
+    def local_lens(tokens_per_step: int | None) -> list[int]:
+        selector = GroupSelector(lengths, planner=BalancePlanner(tokens_per_step), cost=COST, world_size=8)
+        return [group.pack_len // group.cp_degree for group in selector.select(candidates).groups]
+
+    assert max(local_lens(None)) > 16_384, "the longer the packs the fewer fixed times, where nothing recomputes"
+    assert max(local_lens(8 * 16_384)) <= 16_384
+    # Where the longest sample would have no group, steps are larger rather than impossible.
+    only = [group for group in candidates if group.pack_len >= 32_768 and group.cp_degree == 1]
+    selector = GroupSelector(lengths, planner=BalancePlanner(8 * 1024), cost=COST, world_size=8)
+    assert selector.select(only).groups[-1].pack_len >= 32_768

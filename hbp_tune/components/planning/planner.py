@@ -20,6 +20,9 @@ from hbp_tune.components.planning.steps import GroupSteps, assemble, profile_ste
 
 MODES = ("cost", "paper")
 
+# A micro-step may hold so many times ``tokens_per_step`` before it is said.
+STEP_TOLERANCE = 1.1
+
 
 class BalancePlanner:
     """Plans an epoch by hierarchical balance packing, in one of two modes.
@@ -144,7 +147,7 @@ class BalancePlanner:
         if self.tokens_per_step is None:
             return 1
         tokens_per_micro_step = world_size // group.cp_degree * group.pack_len
-        if tokens_per_micro_step > 1.1 * self.tokens_per_step:
+        if tokens_per_micro_step > STEP_TOLERANCE * self.tokens_per_step:
             warnings.warn(
                 f"one micro-step of group {group.name!r} holds {tokens_per_micro_step} tokens, more than "
                 f"tokens_per_step={self.tokens_per_step}; its optimizer steps are larger than asked",

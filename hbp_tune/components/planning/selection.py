@@ -12,7 +12,7 @@ from hbp_tune.components.planning.cost import CostModel
 from hbp_tune.components.planning.errors import ConfigError
 from hbp_tune.components.planning.hashing import hashed_order
 from hbp_tune.components.planning.metrics import micro_step_s
-from hbp_tune.components.planning.planner import BalancePlanner
+from hbp_tune.components.planning.planner import STEP_TOLERANCE, BalancePlanner
 from hbp_tune.components.planning.records import PackingGroup
 
 # The fewest recomputed layers with which a group fits, whatever its own; None where it fits with none.
@@ -153,10 +153,11 @@ class GroupSelector:
         planned. Of sets within a hundredth of the least time the smallest is chosen.
 
         Args:
-            candidates: groups that fit.
+            candidates: groups that fit. Those of which one micro-step would hold more than the planner's ``tokens_per_step`` are
+                left out, as long as others hold the longest sample.
         """
         check_candidates(candidates, int(self._sorted[-1]))
-        candidates = _fewest_recomputed(candidates)
+        candidates = self._within_a_step(_fewest_recomputed(candidates))
         seconds = {groups: self._plan_s(groups, self._some) for groups in self._promising(candidates)}
         finalists = _shortlist(seconds)
         if self._some is not self._lengths:
@@ -173,6 +174,15 @@ class GroupSelector:
             others=tuple((groups, seconds[groups]) for groups in finalists if groups != best),
             one_length=(single[0], seconds[single]),
         )
+
+    def _within_a_step(self, candidates: Sequence[PackingGroup]) -> Sequence[PackingGroup]:
+        """Leave out groups with which optimizer steps would be larger than asked."""
+        tokens_per_step = getattr(self._planner, "tokens_per_step", None)  # a planner of the user's may have none
+        if tokens_per_step is None:
+            return candidates
+        most = STEP_TOLERANCE * tokens_per_step / self._world_size
+        within = [group for group in candidates if group.pack_len / group.cp_degree <= most]
+        return within if any(group.pack_len >= self._sorted[-1] for group in within) else candidates
 
     def estimate_s(self, groups: Sequence[PackingGroup]) -> float:
         """Estimate an epoch's seconds in closed form: every sample in the shortest group that holds it, perfect balance."""
