@@ -1,6 +1,7 @@
 from hbp_tune.components.config.build import build as build
 from hbp_tune.components.config.group_files import groups_of as groups_of
 from hbp_tune.components.config.group_files import write_groups as write_groups
+from hbp_tune.components.config.memory_settings import memory_model as memory_model
 from hbp_tune.components.config.packaged import run_recipe as run_recipe
 from hbp_tune.components.config.sources import data_settings as data_settings
 from hbp_tune.components.config.stock import check_config as check_config
@@ -21,6 +22,14 @@ from hbp_tune.components.data.store import default_store_directory as default_st
 from hbp_tune.components.data.store import open_token_store as open_token_store
 from hbp_tune.components.models.hf_config import HFConfig as HFConfig
 from hbp_tune.components.models.parallel_decoder import parallelize_decoder as parallelize_decoder
+from hbp_tune.components.models.qwen3 import Qwen3Checkpointer as Qwen3Checkpointer
+from hbp_tune.components.models.qwen3 import qwen3 as qwen3
+from hbp_tune.components.models.qwen3 import qwen3_0_6b as qwen3_0_6b
+from hbp_tune.components.models.qwen3 import qwen3_1_7b as qwen3_1_7b
+from hbp_tune.components.models.qwen3 import qwen3_4b as qwen3_4b
+from hbp_tune.components.models.qwen3 import qwen3_8b as qwen3_8b
+from hbp_tune.components.models.qwen3 import qwen3_14b as qwen3_14b
+from hbp_tune.components.models.qwen3 import qwen3_32b as qwen3_32b
 from hbp_tune.components.models.rope import with_yarn as with_yarn
 from hbp_tune.components.models.torchtune_decoder import DecoderParts as DecoderParts
 from hbp_tune.components.models.torchtune_decoder import adapt_decoder as adapt_decoder

@@ -36,14 +36,12 @@ from hbp_tune.components import (
     CpDegrees,
     EpochPlan,
     GroupSelector,
-    MemoryModel,
     PackingGroup,
     PackWork,
     Places,
     PlanMetrics,
     PlanReport,
     RowPlace,
-    adamw_bytes,
     adapt_decoder,
     build,
     candidate_groups,
@@ -62,6 +60,7 @@ from hbp_tune.components import (
     groups_of,
     headline,
     measure,
+    memory_model,
     missing_tokenizer_files,
     model_shape,
     one_length_group,
@@ -174,20 +173,10 @@ class HBPPlanRecipe:
         self._decoder = adapt_decoder(self._model)
         self._cost = CostModel(model_shape(self._model), rates_of(self._gpu))
 
-    def _memory_model(self, cfg: DictConfig) -> MemoryModel:
-        """Model a GPU's memory by the settings that training reads."""
-        is_8bit = "8bit" in str((cfg.get("optimizer") or {}).get("_component_"))
-        return MemoryModel(
-            decoder_shape(self._model),
-            world_size=self.world_size,
-            states=adamw_bytes(weight=4 if cfg.get("dtype") == "fp32" else 2, is_8bit=is_8bit),
-            accumulation="sharded" if cfg.get("fsdp_sharded_accumulation", True) else "whole",
-        )
-
     def _choose_groups(self, cfg: DictConfig) -> tuple[PackingGroup, ...]:
         """Choose groups by the models of time and memory, say why, and write them to a file."""
         budget_gib = cfg.get("memory_gib") or self._gpu.memory_gib
-        memory = self._memory_model(cfg)
+        memory = memory_model(cfg, decoder_shape(self._model), self.world_size)
 
         def layout(group: PackingGroup) -> CpDegrees:
             return self._context_parallel.layout(self._decoder.heads, group.cp_degree, [group.pack_len], group.pack_len)

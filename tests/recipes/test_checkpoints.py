@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from torchtune import config, training
 
 from hbp_tune.components import build as build_component
+from hbp_tune.components import qwen3
 from hbp_tune.demo.model import TinyLlama, build
 from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed, log
 from tests.helpers import SHAPE, mixed_lengths, plan_of, recipe_config
+from tests.models.tiny_qwen3 import HEAD_DIM, SMALL, write_checkpoint
 from tests.ranks import RankError, RankPool
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
@@ -100,6 +102,23 @@ def test_transformers_loads_the_export_and_gives_the_trained_logits(
     tokens = torch.randint(0, shape.vocab_size, (1, 300), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(exported(tokens).logits, trained(tokens), atol=1e-4, rtol=0)
+
+
+def test_qwen3_is_trained_and_exported(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    cfg = recipe_config(tmp_path, mixed_lengths(40, 512, seed=5), GROUPS)
+    write_checkpoint(tmp_path / "qwen3", tied=True)
+    cfg.model = {"_component_": "hbp_tune.components.qwen3", **SMALL}
+    cfg.model |= {"head_dim": HEAD_DIM, "max_seq_len": 512, "tie_word_embeddings": True}
+    files = {"checkpoint_dir": str(tmp_path / "qwen3"), "checkpoint_files": ["model.safetensors"], "recipe_checkpoint": None}
+    cfg.checkpointer = {"_component_": "hbp_tune.components.Qwen3Checkpointer", **files, "output_dir": cfg.output_dir}
+    ranks(2).run(train_and_keep_weights_job, cfg, str(tmp_path / "weights.pt"))
+    trained = qwen3(**SMALL, head_dim=HEAD_DIM, max_seq_len=512, tie_word_embeddings=True)
+    trained.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/epoch_0", dtype=torch.float32)
+    assert type(exported).__name__ == "Qwen3ForCausalLM"
+    tokens = torch.randint(0, SMALL["vocab_size"], (1, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(exported(tokens).logits, trained(tokens), atol=2e-4, rtol=1e-4)
 
 
 def test_training_moved_the_weights_and_a_new_run_starts_from_them(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """The private names of torchtune that hbp-tune leans on, each with a probe; torchtune is no longer maintained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 from torchtune.models.llama3._tokenizer import CL100K_PATTERN as CL100K_PATTERN
+from torchtune.models.qwen2 import _convert_weights
 from torchtune.modules import MultiHeadAttention
 
 from hbp_tune.components.planning.errors import ConfigError
@@ -28,3 +29,20 @@ def replace_attention_call(attention: MultiHeadAttention, call: AttentionCall) -
     # torchtune copies keys and values up to the query heads before the call. A module whose KV heads "equal" its query
     # heads skips the copy, bit for bit the same otherwise; the projections keep their own sizes.
     attention.num_kv_heads = attention.num_heads
+
+
+def know_weights(names: Mapping[str, str]) -> None:
+    """Let torchtune's conversion of Qwen2's checkpoints know more weights, in both directions.
+
+    Args:
+        names: in Hugging Face's files, ``{}`` for the layer, to torchtune's.
+
+    Raises:
+        ConfigError: this torchtune has no such table.
+    """
+    known = getattr(_convert_weights, "_FROM_HF", None)
+    if not isinstance(known, dict):
+        raise ConfigError(
+            f"this torchtune's conversion of Qwen2's weights has no table to add to; install one of {', '.join(TESTED_VERSIONS)}"
+        )
+    known.update(names)
