@@ -17,10 +17,10 @@ _RUN = "tune run --nproc_per_node 2 hbp_full_finetune_distributed --config demo/
 _LENGTH_ENDS = (256, 1024, 4096, 8192, 16384, MAX_POSITIONS)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's arguments, under the name that was typed."""
     parser = argparse.ArgumentParser(
-        prog="python -m hbp_tune.demo",
+        prog=prog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="""\
 Make a complete fine-tuning demo without a download: chat samples about the Python
@@ -32,9 +32,9 @@ the few long ones hold about half of the tokens. That is the mix that Hierarchic
 Balance Packing balances, and plain packing does not.""",
         epilog=f"""\
 examples:
-  python -m hbp_tune.demo                       {DEFAULT_NUM_SAMPLES} samples of up to 8,000 tokens in {DEFAULT_DIR}/
-  python -m hbp_tune.demo --max-tokens 32000    a tail of up to 32,000 tokens
-  python -m hbp_tune.demo --num-samples 200     less to train on
+  {prog:<30} {DEFAULT_NUM_SAMPLES} samples of up to 8,000 tokens in {DEFAULT_DIR}/
+  {prog + " --max-tokens 32000":<30} a tail of up to 32,000 tokens
+  {prog + " --num-samples 200":<30} less to train on
 
 The same arguments under the same Python give the same bytes. A finished demo is not
 made twice; other arguments replace it.""",
@@ -51,9 +51,9 @@ made twice; other arguments replace it.""",
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m hbp_tune.demo") -> int:
     """Run the command; returns the exit status, 2 for arguments or a directory that cannot serve."""
-    args = build_parser().parse_args(argv)
+    args = build_parser(prog).parse_args(argv)
     # torchao says at import which of its kernels it leaves out; the demo uses none.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     console = Console(highlight=False)

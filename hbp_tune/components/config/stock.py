@@ -83,8 +83,8 @@ _COUNTS = {
     "process_group_timeout_s": 1,
     "token_store_timeout_s": 1,
 }
-# Keys of the stock recipe whose default (no effect) is fine, and what to use in place of anything else.
-_REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {
+# Keys of the stock recipe: the values (no effect) that are fine, and what to use in place of anything else.
+REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {
     "batch_size": ((), "a micro-step is one pack per replica: set groups[].pack_len and planner.tokens_per_step"),
     "gradient_accumulation_steps": ((), "accumulation follows from planner.tokens_per_step, per group"),
     "max_steps_per_epoch": ((None,), "use max_steps, which counts over the run"),
@@ -113,10 +113,10 @@ def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> 
     Raises:
         ConfigError: a key is missing, replaced by another one, or looks like a misspelling.
     """
-    for key, (harmless, replacement) in _REPLACED.items():
+    for key, (harmless, replacement) in REPLACED.items():
         if key in cfg and not any(cfg[key] is value or cfg[key] == value for value in harmless):
             raise ConfigError(f"{key}={cfg[key]} of torchtune's stock recipe has no place here, remove it: {replacement}")
-    known = _CARRIED | _OURS | _PLAN | _REPLACED.keys()
+    known = _CARRIED | _OURS | _PLAN | REPLACED.keys()
     for key in cfg:
         # Keys of the user's own, for interpolation, are fine; a near miss of a known key is a mistake.
         if key not in known and (meant := difflib.get_close_matches(key, known, n=1, cutoff=0.85)):

@@ -1,0 +1,98 @@
+"""``hbp validate``: check a configuration as far as that goes without its files, and count its memory."""
+
+import argparse
+import sys
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torchtune import config
+from torchtune.config._errors import ConfigError as TorchtuneConfigError
+from torchtune.config._errors import InstantiationError
+
+from hbp_tune.cli.counting import MemoryCount
+from hbp_tune.cli.registry import find
+from hbp_tune.components import (
+    ConfigError,
+    build,
+    check_ac_layers,
+    check_config,
+    check_groups,
+    gpu_named,
+    groups_of,
+    setting,
+)
+
+
+def add_validate(commands: Any) -> None:
+    """Add the command's arguments."""
+    parser = commands.add_parser(
+        "validate",
+        prog="hbp validate",
+        help="Check a configuration, and say how much memory its packing groups need.",
+        description="Check a configuration: keys, components and their arguments, and, where it has packing groups, these "
+        "against the ranks, the model and a GPU's memory. No other file is read.",
+    )
+    parser.add_argument("config", help="name of a configuration (hbp ls), or path of a YAML file")
+    parser.add_argument("--world-size", type=int, help="ranks of the run (default: the largest cp_degree, 8 at least)")
+    parser.add_argument("--gpu", default="H100", help="whose memory there is (default: %(default)s)")
+    parser.set_defaults(func=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    cfg = OmegaConf.load(find(args.config))
+    assert isinstance(cfg, DictConfig)
+    OmegaConf.resolve(cfg)
+    _check_components(cfg)
+    if cfg.get("groups") or cfg.get("groups_file"):
+        _check_groups(cfg, args.world_size, args.gpu)
+        sys.stdout.write(f"{args.config} is well-formed.\n")
+    else:
+        sys.stdout.write(f"{args.config} is well-formed. It has no packing groups: it is for a recipe of torchtune's.\n")
+    return 0
+
+
+def _check_components(cfg: DictConfig) -> None:
+    """Check that every component exists, and takes the arguments that it is given.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for key, value in cfg.items():
+        name = str(key)
+        nodes = {f"{name}[{index}]": node for index, node in enumerate(value)} if OmegaConf.is_list(value) else {name: value}
+        for where, node in nodes.items():
+            try:
+                config.validate(OmegaConf.create({"node": node}))
+            except (TorchtuneConfigError, InstantiationError, TypeError, ValueError) as error:  # it raises all of them
+                raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _check_groups(cfg: DictConfig, world_size: int | None, gpu_name: str) -> None:
+    check_config(cfg)
+    groups, gpu = groups_of(cfg), gpu_named(gpu_name)
+    world_size = world_size or max(8, *(group.cp_degree for group in groups))
+    check_groups(groups, world_size)
+    for key in ("planner", "curriculum", "loss_head"):
+        if hasattr(node := setting(cfg, key), "keys"):
+            build(key, node)
+    count = MemoryCount(cfg, world_size)
+    check_ac_layers(groups, count.num_layers)
+    if (longest := groups[-1].pack_len) > count.max_seq_len:
+        sys.stdout.write(
+            f"Packs hold {longest:,} tokens, the model encodes {count.max_seq_len:,} positions: no sample is longer.\n"
+        )
+    table = Table(title=f"Memory of each of {world_size} ranks, by count")
+    for heading in ("group", "length", "CP", "AC", "GiB", f"of {gpu.name}"):
+        table.add_column(heading, justify="left" if heading == "group" else "right")
+    needs_gib = [count.peak_gib(group) for group in groups]
+    for group, gib in zip(groups, needs_gib, strict=True):
+        cells = (f"{group.pack_len:,}", str(group.cp_degree), str(group.ac_layers), f"{gib:.1f}", f"{gib / gpu.memory_gib:.0%}")
+        table.add_row(group.name, *cells)
+    Console(highlight=False).print(table)
+    if (most := max(needs_gib)) > gpu.memory_gib:
+        sys.stdout.write(
+            f"warning: {most:.1f} GiB are needed, an {gpu.name} has {gpu.memory_gib:g}; raise ac_layers or cp_degree, or take "
+            f"more ranks (--world-size)\n"
+        )

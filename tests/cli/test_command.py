@@ -1,0 +1,91 @@
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from torchtune import _recipe_registry
+
+from hbp_tune.cli.__main__ import expand, main
+from hbp_tune.cli.registry import PLAN, PROFILE, TRAIN, find, register
+from hbp_tune.components.config.packaged import packaged_configs
+from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.recipes import hbp_full_finetune_distributed
+
+
+@pytest.fixture(autouse=True)
+def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave torchtune's registry and the arguments of the tests as they were."""
+    monkeypatch.setattr(_recipe_registry, "_ALL_RECIPES", list(_recipe_registry._ALL_RECIPES))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+
+
+def test_ours_are_listed_before_torchtunes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls"]) == main(["ls"]) == 0
+    out = capsys.readouterr().out
+    once = out[: len(out) // 2]
+    assert out == 2 * once, "registered once"
+    recipes = [line.split()[0] for line in once.splitlines()[1:] if not line.startswith(" ")]
+    assert recipes[:3] == [TRAIN, PROFILE, PLAN]
+    assert "full_finetune_distributed" in recipes
+    assert all(f" {name}" in once for name in packaged_configs())
+
+
+def test_copies_are_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["cp", TRAIN, str(tmp_path / "mine.py")])
+    main(["cp", "llama3_1/8B_hbp_full", str(tmp_path / "mine.yaml")])
+    main(["cp", "llama3_1/8B_full", str(tmp_path / "theirs.yaml")])
+    assert (tmp_path / "mine.py").read_text() == Path(hbp_full_finetune_distributed.__file__).read_text()
+    assert (tmp_path / "mine.yaml").read_text() == packaged_configs()["llama3_1/8B_hbp_full"].read_text()
+    assert "batch_size" in (tmp_path / "theirs.yaml").read_text()
+    main(["cat", "llama3_1/8B_hbp_full"])
+    assert "pack_len: 131072" in capsys.readouterr().out
+
+
+def test_a_configuration_is_found_by_path_and_by_name(tmp_path: Path) -> None:
+    register()
+    (tmp_path / "own.yaml").write_text("a: 1\n")
+    assert find(str(tmp_path / "own.yaml")) == tmp_path / "own.yaml"
+    assert find("qwen2_5/7B_hbp_full") == packaged_configs()["qwen2_5/7B_hbp_full"]
+    assert OmegaConf.load(find("qwen2_5/7B_full_single_device")).batch_size
+    with pytest.raises(ConfigError, match="qwen9: no such file, and no configuration; `hbp ls` lists them"):
+        find("qwen9")
+
+
+def test_short_commands_in_full() -> None:
+    assert expand(["plan", "--config", "x", "seed=1"]) == ["run", PLAN, "--config", "x", "seed=1"]
+    assert expand(["profile", "--nproc_per_node", "8", "--config", "x"]) == [
+        *("run", "--nproc_per_node", "8", PROFILE, "--config", "x")
+    ]
+    for same in (["ls"], ["plan", "--help"], ["run", PLAN]):
+        assert expand(same) == same
+
+
+@pytest.mark.parametrize("command", ["download", "ls", "cp", "cat", "run", "validate", "plan", "profile", "convert", "doctor"])
+def test_help_teaches_hbp(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    out = capsys.readouterr().out
+    assert f"hbp {command}" in out
+    assert "tune ls" not in out
+    assert "tune cp" not in out
+
+
+def test_help_of_all_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    for command in ("download", "ls", "cp", "cat", "run", "validate", "plan", "profile", "demo", "convert", "doctor"):
+        assert f"\n    {command}" in out
+    assert max(map(len, out.splitlines())) <= 80, "on a terminal of 80 columns"
+
+
+def test_the_demo_speaks_of_hbp(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    out = capsys.readouterr().out
+    assert "hbp demo --num-samples 200" in out
+
+
+def test_what_the_user_can_mend_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "nothing"]) == 2
+    assert capsys.readouterr().err == "error: nothing: no such file, and no configuration; `hbp ls` lists them\n"

@@ -1,0 +1,45 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from hbp_tune.cli.__main__ import main
+from hbp_tune.components.config.packaged import packaged_configs
+from tests.helpers import launch_world_size
+
+
+@pytest.mark.parametrize("name", packaged_configs())
+def test_all_packaged_configurations_are_well_formed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu, ranks = "H200" if "single" in name else "H100", launch_world_size(name)
+    assert main(["validate", name, "--gpu", gpu, "--world-size", str(ranks)]) == 0
+    out = capsys.readouterr().out
+    assert f"{name} is well-formed." in out
+    assert "warning" not in out, "the groups fit"
+
+
+def test_configurations_of_torchtunes_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "llama3_1/8B_full"]) == 0
+    assert "it is for a recipe of torchtune's" in capsys.readouterr().out
+
+
+def test_too_little_memory_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "llama3_1/8B_hbp_full", "--gpu", "L4"]) == 0
+    assert re.search(r"warning: \d+\.\d GiB are needed, an L4 has 24; raise ac_layers", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("cp_degree: 8", "cp_degree: 3", "cp_degree"),
+        ("ac_layers: 29", "ac_layers: 33", "33"),
+        ("curriculum:\n", "curiculum:\n", "did you mean 'curriculum'"),
+        ("torchtune.models.llama3_1.llama3_1_8b", "torchtune.models.llama3_1.llama3_1_8", "llama3_1_8"),
+        ("weight_decay: 0.01", "weight_decai: 0.01", "weight_decai"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, message: str) -> None:
+    text = packaged_configs()["llama3_1/8B_hbp_full"].read_text()
+    assert old in text
+    (tmp_path / "my.yaml").write_text(text.replace(old, new))
+    assert main(["validate", str(tmp_path / "my.yaml")]) == 2
+    assert message in capsys.readouterr().err
