@@ -1,5 +1,6 @@
 """Components for test configurations, and the plain reference that recipes are compared with."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from torchtune import config, training
 
 from hbp_tune.components import BalancePlanner, CostModel, EpochPlan, PackingGroup, model_shape
+from hbp_tune.components.config.packaged import packaged_configs
 from hbp_tune.demo.model import TinyLlama, build, write_checkpoint
 from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed
 from tests.parallel.packs import block_causal
@@ -224,3 +226,11 @@ def _dense_losses(model: nn.Module, samples: list[dict[str, Any]]) -> list[torch
         labels = torch.tensor([*sample["labels"][1:], -100])
         losses.append(F.cross_entropy(rows[labels != -100], labels[labels != -100], reduction="none"))
     return losses
+
+
+def launch_world_size(name: str) -> int:
+    """Read the number of devices from the comment that says how to launch."""
+    text = packaged_configs()[name].read_text()
+    launch = rf"#   tune run (?:--nnodes (\d+) )?--nproc_per_node (\d+) hbp_full_finetune_distributed --config {name}\n"
+    nodes, devices = re.search(launch, text).groups()
+    return int(nodes or 1) * int(devices)

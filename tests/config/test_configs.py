@@ -1,4 +1,3 @@
-import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from hbp_tune.components import (
     select_context_parallel,
 )
 from hbp_tune.components.config.packaged import packaged_configs
+from tests.helpers import launch_world_size
 
 ROOT = Path(__file__).parents[2]
 NAMES = list(packaged_configs())
@@ -27,20 +27,19 @@ def load(name: str) -> tuple[DictConfig, tuple[PackingGroup, ...]]:
     return cfg, tuple(build("groups", group) for group in cfg.groups)
 
 
-def launch_world_size(name: str) -> int:
-    """Read the number of devices from the comment that says how to launch."""
-    text = packaged_configs()[name].read_text()
-    return int(re.search(rf"tune run --nproc_per_node (\d+) hbp_full_finetune_distributed --config {name}\n", text).group(1))
-
-
 def test_what_is_shipped() -> None:
-    assert NAMES == [
-        "demo/tiny_llama_cpu",
-        "llama3_1/8B_hbp_full",
-        "llama3_1/8B_hbp_full_single_device",
-        "qwen2_5/7B_hbp_full",
-        "qwen2_5/7B_instruct_128K_hbp_full",
-    ]
+    sizes = {
+        "llama3_1": ["8B", "70B"],
+        "llama3_2": ["1B", "3B"],
+        "llama3_3": ["70B"],
+        "qwen2_5": ["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"],
+        "qwen3": ["0.6B", "1.7B", "4B", "8B", "14B", "32B"],
+    }
+    expected = {"demo/tiny_llama_cpu", "llama3_1/8B_hbp_full_single_device", "llama3_1/8B_hbp_full_4_nodes"}
+    expected |= {f"{family}/{size}_hbp_full" for family in sizes for size in sizes[family]}
+    expected |= {f"qwen2_5/{size}_instruct_128K_hbp_full" for size in sizes["qwen2_5"]}
+    expected |= {f"qwen3/{size}_128K_hbp_full" for size in sizes["qwen3"]}
+    assert set(NAMES) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,9 +80,8 @@ def test_an_epoch_places_every_sample_once(name: str) -> None:
     longest = groups[-1].pack_len
     rng = np.random.default_rng(0)
     short = rng.lognormal(np.log(longest / 200), 1.0, 3000).astype(np.int32)
-    lengths = np.clip(np.concatenate((short, rng.integers(groups[0].pack_len, longest, 40), [longest])), 2, longest).astype(
-        np.int32
-    )
+    long = rng.integers(groups[0].pack_len, longest + 1, 40)
+    lengths = np.clip(np.concatenate((short, long, [longest])), 2, longest).astype(np.int32)
     plan = build("planner", cfg.planner).plan(
         lengths,
         lengths - 1,
