@@ -197,6 +197,7 @@ def main() -> None:
 def _line(result: Result) -> list[Any]:
     cells = [f"{result.speed_up():.2f}", f"{result.speed_up('paper mode'):.2f}", f"{result.ideal_speed_up:.2f}"]
     hbp_s = result.runs["hbp"].epoch_s
+    mixed = f"{hbp_s / result.mixed_s - 1:.1%}" if np.isfinite(result.mixed_s) else "-"
     share = f"{result.of_ideal:.1%}" if result.of_ideal >= NEEDED_SHARE else f"_{result.of_ideal:.1%}_"
     return [
         describe_set(result.groups),
@@ -204,7 +205,7 @@ def _line(result: Result) -> list[Any]:
         *cells,
         share,
         result.where_it_goes(),
-        f"{hbp_s / result.mixed_s - 1:.1%} ({hbp_s / result.least_mixed_s - 1:.1%})",
+        f"{mixed} ({hbp_s / result.least_mixed_s - 1:.1%})",
     ]
 
 
