@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow bench-multigpu clean
+.PHONY: help quickstart test test-slow docs bench-multigpu clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -28,5 +28,8 @@ test-slow: $(VENV)/.installed ## All of `make test`, and the slow tests
 bench-multigpu: $(VENV)/.installed ## Time context parallelism and training steps on all GPUs of this machine, under 15 minutes
 	$(BIN)/torchrun --standalone --nproc_per_node auto benchmarks/bench_multigpu.py
 
+docs: $(VENV)/.installed ## Build the documentation into site/, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 clean: ## Remove the environment, the demo and its runs
-	rm -rf $(VENV) hbp_demo hbp_runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) site hbp_demo hbp_runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
