@@ -128,6 +128,8 @@ from hbp_tune.components.reporting.profile_files import check_same as check_same
 from hbp_tune.components.reporting.profile_files import read_profile as read_profile
 from hbp_tune.components.reporting.profile_files import write_profile as write_profile
 from hbp_tune.components.reporting.report import PlanReport as PlanReport
+from hbp_tune.components.reporting.run_log import read_run_log as read_run_log
+from hbp_tune.components.reporting.run_page import render_run_page as render_run_page
 from hbp_tune.components.reporting.tables import print_groups as print_groups
 from hbp_tune.components.reporting.tables import print_lengths as print_lengths
 from hbp_tune.components.reporting.tables import print_metrics as print_metrics

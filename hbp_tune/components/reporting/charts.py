@@ -141,6 +141,14 @@ class Chart:
         places = zip(self.x.place(x), self.y.place(y), strict=True)
         self._stroke("".join(f"M{a:.1f} {1000 - b:.1f}h0" for a, b in places), colour, width, "")
 
+    def line(self, x: ArrayLike, y: ArrayLike, colour: str, *, width: float = 2.0) -> None:
+        """Add a line from point to point, parted where a value is not finite."""
+        path, is_on = "", False
+        for a, b in zip(self.x.place(x), self.y.place(y), strict=True):
+            path += f"{'L' if is_on else 'M'}{a:.1f} {1000 - b:.1f}" if math.isfinite(b) else ""
+            is_on = math.isfinite(b)
+        self._stroke(path, colour, width, "")
+
     def verticals(self, x: ArrayLike, colour: str, *, width: float = 1.0, dots: str = "") -> None:
         """Add lines over the whole height."""
         self._stroke("".join(f"M{a:.1f} 0V1000" for a in np.ravel(self.x.place(x))), colour, width, dots)

@@ -1,7 +1,7 @@
 """One page that explains a plan to a person who has never seen one."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -10,44 +10,10 @@ import numpy as np
 from hbp_tune.components.planning.metrics import PlanMetrics
 from hbp_tune.components.reporting import charts
 from hbp_tune.components.reporting.balance_figures import describe_micro_steps, draw_attention, draw_busy, draw_timeline
-from hbp_tune.components.reporting.charts import time_unit, write_count, write_share
-from hbp_tune.components.reporting.figures import Picture, draw_fill, draw_lengths, draw_step_tokens
+from hbp_tune.components.reporting.charts import write_count, write_share
+from hbp_tune.components.reporting.figures import draw_fill, draw_lengths, draw_step_tokens
+from hbp_tune.components.reporting.page_parts import document, duration, figure, table, tiles
 from hbp_tune.components.reporting.report import PlanReport, describe_groups
-
-# Light whatever the system prefers: colours are set in full, so that dark mode finds nothing to invert.
-_STYLE = f"""
-:root{{color-scheme:only light}}
-*{{box-sizing:border-box}}
-body{{margin:0;background:#f4f6f9;color:{charts.INK};
- font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}}
-main{{max-width:1040px;margin:0 auto;padding:32px 20px 48px}}
-h1{{font-size:clamp(1.35rem,3.4vw,2rem);line-height:1.25;margin:.2em 0 .5em;overflow-wrap:anywhere}}
-h2{{font-size:1.15rem;line-height:1.35;margin:0 0 .6em;overflow-wrap:anywhere}}
-h3{{font-size:.95rem;margin:1.1em 0 .3em}}
-p{{margin:.5em 0;max-width:62em;overflow-wrap:anywhere}}
-.eyebrow,.caption,footer{{color:{charts.MUTED};font-size:.9rem}}
-.eyebrow{{margin:0;font-weight:600}}
-section,figure{{background:#fff;border:1px solid #dfe4ec;border-radius:8px;margin:20px 0 0;padding:20px}}
-figure .caption{{margin:.2em 0 0}}
-.tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:20px 0 0}}
-.tiles div{{background:#fff;border:1px solid #dfe4ec;border-radius:8px;padding:12px 14px}}
-.tiles b{{display:block;font-size:1.45rem;line-height:1.3}}
-.tiles span{{display:block;font-size:.85rem;line-height:1.4;color:{charts.MUTED}}}
-.warnings{{border-left:4px solid #b45309}}
-.warnings ul{{margin:0;padding-left:1.2em;overflow-wrap:anywhere}}
-.scroll{{overflow-x:auto}}
-table{{border-collapse:collapse;width:100%;font-size:.9rem;line-height:1.4}}
-th,td{{padding:7px 12px 7px 0;text-align:right;border-bottom:1px solid #e6eaf0;vertical-align:top;white-space:nowrap}}
-th{{color:{charts.MUTED};font-weight:600;vertical-align:bottom;white-space:normal}}
-td{{font-variant-numeric:tabular-nums}}
-th.text,td.text{{text-align:left}}
-td.own{{font-weight:700}}
-td.prose{{text-align:left;white-space:normal;min-width:11em;max-width:30em}}
-td.prose span{{display:block;font-size:.85rem;color:{charts.MUTED}}}
-i.group{{display:inline-block;width:11px;height:11px;margin-right:7px;border-radius:2px}}
-@media(max-width:600px){{main{{padding:20px 12px 32px}}section,figure{{padding:16px 14px}}th,td{{padding-right:9px}}}}
-"""
-
 
 _EXPLANATION = """<section><h2>What a plan is</h2><p>Samples of a data set differ in length, so that several are put into one
 <b>pack</b>, a row that a rank, or a few ranks together, compute at once. Each <b>group</b> has its own pack length and its own
@@ -128,15 +94,11 @@ def render_page(report: PlanReport) -> str:
         _EXPLANATION,
         _groups(report),
         _metrics(report),
-        *map(_figure, pictures),
+        *map(figure, pictures),
         _footer(report),
     )
     title = f"Plan: {write_count(len(report.plan.sample_ids), 'sample')} on {write_count(report.plan.world_size, 'rank')}"
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}{charts.STYLE}</style></head>\n'
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
+    return document(title, parts)
 
 
 def _header(report: PlanReport) -> str:
@@ -158,14 +120,13 @@ def _header(report: PlanReport) -> str:
 
 def _tiles(report: PlanReport) -> str:
     own, naive = report.metrics, report.baselines["isf"]
-    tiles = (
-        ("modelled epoch", _duration(own.epoch_s), _duration(naive.epoch_s, like=own.epoch_s)),
+    beside = (
+        ("modelled epoch", duration(own.epoch_s), duration(naive.epoch_s, like=own.epoch_s)),
         ("of the time ranks wait", write_share(own.idle), write_share(naive.idle)),
         ("of the tokens pay for context parallelism", write_share(own.cr), write_share(naive.cr)),
         ("of the computed tokens are padding", write_share(own.pr), write_share(naive.pr)),
     )
-    parts = (f"<div><b>{value}</b><span>{what}; one-length packing: {other}</span></div>" for what, value, other in tiles)
-    return f'<div class="tiles">{"".join(parts)}</div>\n'
+    return tiles((value, f"{what}; one-length packing: {other}") for what, value, other in beside)
 
 
 def _warnings(warnings: Sequence[str]) -> str:
@@ -198,9 +159,9 @@ def _groups(report: PlanReport) -> str:
         colour = charts.group_colour(index)
         name = f'<td class="text"><i class="group" style="background:{colour}"></i>{escape(group.name)}</td>'
         rows.append(f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    table = _table(('<th class="text">group</th>', *(f"<th>{name}</th>" for name in _GROUP_COLUMNS)), rows)
+    rows_html = table(('<th class="text">group</th>', *(f"<th>{name}</th>" for name in _GROUP_COLUMNS)), rows)
     return (
-        f'<section><h2>Groups: who packs with whom</h2>{table}<p class="caption">Tokens per step: mean and coefficient of '
+        f'<section><h2>Groups: who packs with whom</h2>{rows_html}<p class="caption">Tokens per step: mean and coefficient of '
         "variation (standard deviation over mean).</p></section>\n"
     )
 
@@ -214,17 +175,12 @@ def _metrics(report: PlanReport) -> str:
             f'<tr><td class="prose">{metric.name}<span>{metric.meaning}</span></td>'
             f'<td class="own">{_value(metric.key, report.metrics, report.metrics)}</td>{others}</tr>'
         )
-    table = _table(('<th class="text">metric</th>', *head), rows)
+    rows_html = table(('<th class="text">metric</th>', *head), rows)
     return (
-        f'<section><h2>Metrics beside other packings of the same data</h2>{table}<p class="caption">Shares run from 0 to 1; less '
-        "is better but for Ave-T. The other packings put all samples into packs of the shortest group that holds them all.</p>"
-        "</section>\n"
+        f"<section><h2>Metrics beside other packings of the same data</h2>{rows_html}"
+        '<p class="caption">Shares run from 0 to 1; less is better but for Ave-T. The other packings put all samples into '
+        "packs of the shortest group that holds them all.</p></section>\n"
     )
-
-
-def _table(head: Iterable[str], rows: Iterable[str]) -> str:
-    table = f"<table><thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
 def _value(key: str, metrics: PlanMetrics, own: PlanMetrics) -> str:
@@ -232,13 +188,8 @@ def _value(key: str, metrics: PlanMetrics, own: PlanMetrics) -> str:
     if not math.isfinite(value):
         return "-"
     if key == "epoch_s":
-        return _duration(value, like=own.epoch_s)
+        return duration(value, like=own.epoch_s)
     return f"{value:,.0f}" if key == "ave_t" else f"{value:.2f}" if key == "diversity" else f"{value:.4f}"
-
-
-def _figure(picture: Picture) -> str:
-    caption = f'<figcaption class="caption">{escape(picture.caption)}</figcaption>'
-    return f"<figure><h2>{escape(picture.title)}</h2>{picture.body}{caption}</figure>\n"
 
 
 def _footer(report: PlanReport) -> str:
@@ -248,12 +199,3 @@ def _footer(report: PlanReport) -> str:
         f"<footer><p>{took}All durations of training are modelled for {report.cost.rates.machine} GPUs, none was measured. "
         f"Hash of the plan, equal on every machine that plans the same: {report.plan.hash}</p></footer>"
     )
-
-
-def _duration(seconds: float, *, like: float | None = None) -> str:
-    """Write a time, in the unit of ``like`` where both are compared."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    scale, unit, _ = time_unit(seconds if like is None else like)
-    value = seconds / scale
-    return f"{value:,.{0 if value >= 100 else 1 if value >= 1 else 3}f} {unit}"
