@@ -12,12 +12,14 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
+# Files of the repository's root, and the pages that they become.
+PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 _LINK = re.compile(r"(!?)\[((?:[^\]\[]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add pages that lie elsewhere in the repository."""
-    pages = {"index.md": "README.md", "changelog.md": "CHANGELOG.md"}
+    pages = {page: source for source, page in PAGES.items()}
     results = sorted(path.relative_to(ROOT) for path in (ROOT / RESULTS).glob("*.md"))
     pages |= {f"results/{path.name}": str(path) for path in results}
     for page, source in pages.items():
@@ -63,9 +65,8 @@ def _link(match: re.Match[str], source: str, page: str) -> str:
 
 def _page_of(path: str) -> str | None:
     """Give the page that a file of the repository becomes; None where it becomes none."""
-    known = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
-    if path in known:
-        return known[path]
+    if path in PAGES:
+        return PAGES[path]
     if path.startswith(f"{RESULTS}/") and path.endswith((".md", ".svg")):
         return "results/" + path.removeprefix(f"{RESULTS}/")
     if path.startswith("docs/") and not path.endswith(".diff"):

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -139,7 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.argv = ["hbp", *given]  # torchtune tells by it whether there are torchrun's options
     args = build_parser().parse_args(given)
     try:
-        return args.func(args) or 0
+        status = args.func(args) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `hbp ls | head`: nobody reads on, and Python would say so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except HbpError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

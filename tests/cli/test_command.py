@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,3 +92,11 @@ def test_the_demo_speaks_of_hbp(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_the_user_can_mend_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", "nothing"]) == 2
     assert capsys.readouterr().err == "error: nothing: no such file, and no configuration; `hbp ls` lists them\n"
+
+
+def test_nobody_reads_on() -> None:
+    command = f"{sys.executable} -m hbp_tune.cli ls | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("RECIPE")
+    assert "Error" not in done.stderr
+    assert done.returncode == 0
