@@ -1,0 +1,259 @@
+"""An epoch of real training, packed in four ways, two ranks each bound to one core: time, waiting, bytes, loss.
+
+    python -m hbp_tune.demo --dir DIR --max-tokens 4000
+    python benchmarks/bench_end_to_end.py --demo DIR --work DIR [--rounds 5] [key=value ...]
+
+More ranks than cores would hide imbalance: the system lends a waiting rank's core to a busy one. The demo's model spends about as
+much of its time on attention at 512 and 4,096 tokens as Llama 3.1 8B on an H100 at 16K and 128K (``double_len`` of both is
+printed), so that packs of these lengths stand for the HBP paper's groups. Cases take turns, every round in another order:
+one-length ISF over both ranks and on each alone, hierarchical packing without balance, and balance packing in both modes; the
+same samples, the same base weights, the same tokens a step.
+
+Printed is a JSON line per run: wall seconds of all forwards and backwards, seconds in which a micro-step is as long as its
+slowest rank's busy time (CPU seconds), the share that ranks wait, measured and foretold by the cost model fitted to a profile of
+this machine, and held-out loss. Then a line per plan: elements that context parallelism (Ulysses) moved, counted over some
+steps, beside those of the formula; and a summary.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+SHORT, LONG, TOKENS_PER_STEP = 512, 4096, 16_384
+COMMON = [
+    f"planner.tokens_per_step={TOKENS_PER_STEP}",
+    "save_every_n_steps=null",
+    "curriculum.steps=0",
+    "run_val_every_n_steps=null",
+    "context_parallel=ulysses",
+    f"profile.shortest={SHORT}",
+    "profile.repeats=3",
+]
+# Steps that warm up, left out of all times.
+WARM_STEPS = 2
+COUNTED_STEPS = 4
+
+
+class Recorder:
+    """Keeps the busy seconds that the recipe's clock gives, and wall seconds beside them."""
+
+    def __init__(self, clock: Any) -> None:
+        self._clock = clock
+        self._start_s = 0.0
+        self.wall_s: list[float] = []
+        self.busy_s: list[float] = []
+
+    def start(self) -> None:
+        """Begin a micro-step."""
+        self._clock.start()
+        self._start_s = time.perf_counter()
+
+    def stop(self) -> None:
+        """End it."""
+        self.wall_s.append(time.perf_counter() - self._start_s)
+        self._clock.stop()
+
+    def read_s(self) -> list[float]:
+        """Give what is new, and keep everything."""
+        new = self._clock.read_s()
+        self.busy_s += new
+        return new
+
+
+def cases() -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """Give groups and planner settings of each case; layers recompute in long packs alone, as memory would have it."""
+    from hbp_tune.components import PackingGroup
+
+    short = PackingGroup(name="short", pack_len=SHORT)
+    long = PackingGroup(name="long", pack_len=LONG, cp_degree=2, ac_layers=2)
+    alone = PackingGroup(name="long", pack_len=LONG, cp_degree=1, ac_layers=2)
+    isf = {"mode": "paper", "fill": False, "sort_by": None, "packer": {"_component_": "hbp_tune.components.ISF"}}
+    component = {"_component_": "hbp_tune.components.PackingGroup"}
+    return {
+        name: ([component | asdict(group) for group in groups], planner)
+        for name, groups, planner in (
+            ("isf, cp 2", [long], isf),
+            ("isf, cp 1", [alone], isf),
+            ("hierarchical, no balance", [short, long], {"mode": "paper", "sort_by": None}),
+            ("hbp, paper mode", [short, long], {"mode": "paper"}),
+            ("hbp, cost mode", [short, long], {}),
+        )
+    }
+
+
+def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Profile this machine, then train every case in this process group."""
+    import numpy as np
+    import torch.distributed as dist
+    from omegaconf import DictConfig, OmegaConf
+
+    from hbp_tune.components import CostModel, fit_rates, starting_rates
+    from hbp_tune.components.planning.simulation import PackWork, simulate
+    from hbp_tune.recipes import hbp_full_finetune_distributed as training_recipe
+    from hbp_tune.recipes.hbp_profile_groups import HBPProfileGroupsRecipe
+
+    rank = int(os.environ["LOCAL_RANK"])
+    os.sched_setaffinity(0, {rank})
+    root = Path(__file__).parents[1]
+    base = OmegaConf.merge(
+        OmegaConf.load(root / "configs/demo/tiny_llama_cpu.yaml"),
+        OmegaConf.from_dotlist([f"demo_dir={arguments.demo}", f"output_dir={arguments.work}", *COMMON, *overrides]),
+    )
+    profiler = HBPProfileGroupsRecipe(base)
+    profiler.setup(base)
+    profiler.profile()
+    fitted = fit_rates(profiler._shape, profiler._profile.measurements, starting_rates(profiler._device))
+    cost = CostModel(profiler._shape, fitted.rates)
+
+    def say(line: dict[str, Any]) -> None:
+        if rank == 0:
+            print(json.dumps(line), flush=True)
+
+    here, there = cost.token_s / cost.square_s, CostModel().token_s / CostModel().square_s
+    say({"double_len": round(here), "double_len_8b_h100": round(there), "long_as_8b": round(LONG * there / here)})
+
+    def build(name: str, output_dir: Path, **more: Any) -> Any:
+        groups, planner = cases()[name]
+        cfg: DictConfig = OmegaConf.merge(base, {"output_dir": str(output_dir), "planner": planner, **more})
+        cfg.groups, cfg.metric_logger = groups, None
+        recipe = training_recipe.HBPFullFinetuneRecipeDistributed(cfg)
+        recipe.setup(cfg)
+        recipe.save_checkpoint = lambda epoch: None  # type: ignore[method-assign]
+        return recipe
+
+    def train(name: str, number: int) -> dict[str, Any]:
+        clock_of, recorders = training_recipe.busy_clock, []
+
+        def recording(*args: Any) -> Any:
+            recorders.append(Recorder(clock_of(*args)))
+            return recorders[-1]
+
+        training_recipe.busy_clock = recording  # type: ignore[assignment]
+        try:
+            recipe = build(name, arguments.work / f"round_{number}")
+        finally:
+            training_recipe.busy_clock = clock_of
+        losses: dict[str, float] = {}
+        validate = recipe._validator.run
+        recipe._validator.run = lambda *args: losses.update(found := validate(*args)) or found
+        start_s = time.perf_counter()
+        recipe.train()
+        total_s = time.perf_counter() - start_s
+        plan = recipe._plan_epoch(0, first_step=0)
+        warm = int((plan.pack_step[plan.micro_step_starts] < WARM_STEPS).sum())
+        every: list[Any] = [None, None]
+        dist.all_gather_object(every, (recorders[0].wall_s[warm:], recorders[0].busy_s[warm:]))
+        wall_s, busy_s = (np.array([each[i] for each in every]) for i in (0, 1))
+        simulated = simulate(PackWork.of_plan(plan), cost)
+        busy_foretold = np.repeat(simulated.busy_s, plan.cp_degrees).reshape(-1, plan.world_size)[warm:]
+        slowest_s = float(busy_s.max(axis=0).sum())
+        line = {
+            "case": name,
+            "round": number,
+            "steps": plan.num_steps,
+            "micro_steps": int(wall_s.shape[1]),
+            "tokens": int(plan.sum_per_pack(plan.lengths)[plan.pack_step >= WARM_STEPS].sum()),
+            "wall_s": round(float(wall_s.max(axis=0).sum()), 2),
+            "slowest_rank_s": round(slowest_s, 2),
+            "foretold_s": round(float(simulated.micro_step_s[warm:].sum()), 2),
+            "idle": round(1 - float(busy_s.mean(axis=0).sum()) / slowest_s, 4),
+            "idle_foretold": round(1 - float(busy_foretold.mean(axis=1).sum() / busy_foretold.max(axis=1).sum()), 4),
+            "total_s": round(total_s, 1),
+            "loss": {key: round(float(value), 4) for key, value in losses.items()},
+        }
+        say(line)
+        return line
+
+    lines = []
+    for number in range(arguments.rounds):
+        names = list(cases())
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            lines.append(train(name, number))
+    for name in cases():
+        say(count_bytes(name, build(name, arguments.work / "counted", max_steps=COUNTED_STEPS)))
+    say(summary(lines, fitted.rms_error))
+
+
+def count_bytes(name: str, recipe: Any) -> dict[str, Any]:
+    """Count the elements that a rank receives in the exchange of some steps, beside the formula's."""
+    import numpy as np
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from hbp_tune.components import CpDegrees
+    from hbp_tune.components.planning.exchange import moved_heads
+    from hbp_tune.components.planning.sharding import padded_len
+
+    class Counter(TorchDispatchMode):
+        received = 0.0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            namespace, operator = func.name().partition(".")[0].split("::")
+            if namespace == "_c10d_functional" and operator == "all_gather_into_tensor":
+                # On a CPU shards are traded by gathering all and keeping a part: of what comes, one rank's share is needed.
+                self.received += (out.numel() - args[0].numel()) / (out.numel() // args[0].numel())
+            elif namespace == "_dtensor" and operator == "shard_dim_alltoall":
+                self.received += args[0].numel() / 2
+            return out
+
+    recipe._validator = None  # its forwards exchange too, outside the plan
+    with Counter() as counter:
+        recipe.train()
+    plan = recipe._plan_epoch(0, first_step=0)
+    heads, layers = recipe._decoder.heads, len(recipe._decoder.layers)
+    head_dim = recipe._decoder.layers[0].attn.head_dim
+    tokens = plan.sum_per_pack(plan.lengths)
+    foretold = 0.0
+    for pack in np.flatnonzero(plan.pack_step < COUNTED_STEPS):
+        group = plan.groups[plan.pack_group[pack]]
+        if group.cp_degree > 1:
+            padded = padded_len(int(tokens[pack]), group.cp_degree, group.pack_len)
+            once = moved_heads(heads, CpDegrees(ulysses=group.cp_degree), padded, 0)
+            # Forward, backward, and again in layers that recompute.
+            foretold += head_dim * once * (2 * layers + group.ac_layers)
+    ratio = round(counter.received / foretold, 4) if foretold else None
+    return {"case": name, "received": counter.received, "foretold": foretold, "ratio": ratio}
+
+
+def summary(lines: list[dict[str, Any]], rms_error: float) -> dict[str, Any]:
+    """Compare medians over the rounds with the first case's."""
+    names = list(dict.fromkeys(line["case"] for line in lines))
+
+    def of(name: str, key: str) -> list[float]:
+        return [line[key] for line in lines if line["case"] == name]
+
+    # Cases differ in the steps that are left out: seconds for each token count.
+    per_token = {name: [a / b for a, b in zip(of(name, "slowest_rank_s"), of(name, "tokens"), strict=True)] for name in names}
+    wall = {name: [a / b for a, b in zip(of(name, "wall_s"), of(name, "tokens"), strict=True)] for name in names}
+    base, wall_base = statistics.median(per_token[names[0]]), statistics.median(wall[names[0]])
+    return {
+        "speed_up_busy": {name: round(base / statistics.median(values), 3) for name, values in per_token.items()},
+        "speed_up_wall": {name: round(wall_base / statistics.median(values), 3) for name, values in wall.items()},
+        "spread_wall": {name: round(max(values) / min(values) - 1, 3) for name, values in wall.items()},
+        "idle_error": {name: round(statistics.median(of(name, "idle")) - of(name, "idle_foretold")[0], 4) for name in names},
+        "fit_rms": round(rms_error, 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, required=True, help="folder that `python -m hbp_tune.demo --dir` made")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the profile and the runs")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments, overrides = parser.parse_known_args()
+    if "LOCAL_RANK" in os.environ:
+        rank_main(arguments, overrides)
+        return
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*command, __file__, *sys.argv[1:]], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+
+
+if __name__ == "__main__":
+    main()
