@@ -26,14 +26,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-SHORT, LONG, TOKENS_PER_STEP = 512, 4096, 16_384
 COMMON = [
-    f"planner.tokens_per_step={TOKENS_PER_STEP}",
     "save_every_n_steps=null",
     "curriculum.steps=0",
     "run_val_every_n_steps=null",
     "context_parallel=ulysses",
-    f"profile.shortest={SHORT}",
     "profile.repeats=3",
 ]
 # Steps that warm up, left out of all times.
@@ -67,13 +64,13 @@ class Recorder:
         return new
 
 
-def cases() -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
+def cases(short_len: int, long_len: int) -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
     """Give groups and planner settings of each case; layers recompute in long packs alone, as memory would have it."""
     from hbp_tune.components import PackingGroup
 
-    short = PackingGroup(name="short", pack_len=SHORT)
-    long = PackingGroup(name="long", pack_len=LONG, cp_degree=2, ac_layers=2)
-    alone = PackingGroup(name="long", pack_len=LONG, cp_degree=1, ac_layers=2)
+    short = PackingGroup(name="short", pack_len=short_len)
+    long = PackingGroup(name="long", pack_len=long_len, cp_degree=2, ac_layers=2)
+    alone = PackingGroup(name="long", pack_len=long_len, cp_degree=1, ac_layers=2)
     isf = {"mode": "paper", "fill": False, "sort_by": None, "packer": {"_component_": "hbp_tune.components.ISF"}}
     component = {"_component_": "hbp_tune.components.PackingGroup"}
     return {
@@ -102,10 +99,13 @@ def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
     rank = int(os.environ["LOCAL_RANK"])
     os.sched_setaffinity(0, {rank})
     root = Path(__file__).parents[1]
+    folders = [f"demo_dir={arguments.demo}", f"output_dir={arguments.work}"]
+    sizes = [f"profile.shortest={arguments.short}", f"planner.tokens_per_step={4 * arguments.long}"]
     base = OmegaConf.merge(
         OmegaConf.load(root / "configs/demo/tiny_llama_cpu.yaml"),
-        OmegaConf.from_dotlist([f"demo_dir={arguments.demo}", f"output_dir={arguments.work}", *COMMON, *overrides]),
+        OmegaConf.from_dotlist([*folders, *sizes, *COMMON, *overrides]),
     )
+    every_case = cases(arguments.short, arguments.long)
     profiler = HBPProfileGroupsRecipe(base)
     profiler.setup(base)
     profiler.profile()
@@ -117,10 +117,10 @@ def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
             print(json.dumps(line), flush=True)
 
     here, there = cost.token_s / cost.square_s, CostModel().token_s / CostModel().square_s
-    say({"double_len": round(here), "double_len_8b_h100": round(there), "long_as_8b": round(LONG * there / here)})
+    say({"double_len": round(here), "double_len_8b_h100": round(there), "long_as_8b": round(arguments.long * there / here)})
 
     def build(name: str, output_dir: Path, **more: Any) -> Any:
-        groups, planner = cases()[name]
+        groups, planner = every_case[name]
         cfg: DictConfig = OmegaConf.merge(base, {"output_dir": str(output_dir), "planner": planner, **more})
         cfg.groups, cfg.metric_logger = groups, None
         recipe = training_recipe.HBPFullFinetuneRecipeDistributed(cfg)
@@ -173,10 +173,10 @@ def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     lines = []
     for number in range(arguments.rounds):
-        names = list(cases())
+        names = list(every_case)
         for name in names[number % len(names) :] + names[: number % len(names)]:
             lines.append(train(name, number))
-    for name in cases():
+    for name in every_case:
         say(count_bytes(name, build(name, arguments.work / "counted", max_steps=COUNTED_STEPS)))
     say(summary(lines, fitted.rms_error))
 
@@ -247,6 +247,10 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, required=True, help="folder that `python -m hbp_tune.demo --dir` made")
     parser.add_argument("--work", type=Path, required=True, help="folder for the profile and the runs")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--short", type=int, default=512, help="tokens of short packs (default: %(default)s)")
+    parser.add_argument(
+        "--long", type=int, default=4096, help="tokens of long packs, which hold every sample (default: %(default)s)"
+    )
     arguments, overrides = parser.parse_known_args()
     if "LOCAL_RANK" in os.environ:
         rank_main(arguments, overrides)
