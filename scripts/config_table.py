@@ -14,7 +14,7 @@ logging.getLogger("torchao").setLevel(logging.ERROR)
 
 from omegaconf import OmegaConf  # noqa: E402
 
-from hbp_tune.cli.counting import MemoryCount  # noqa: E402
+from hbp_tune.cli.counting import count_memory  # noqa: E402
 from hbp_tune.components import describe_set, groups_of  # noqa: E402
 from hbp_tune.components.config.packaged import packaged_configs  # noqa: E402
 
@@ -45,8 +45,8 @@ def page() -> str:
         world_size = int(nodes or 1) * int(devices)
         cfg = OmegaConf.load(path)
         groups = groups_of(cfg)
-        count = MemoryCount(cfg, world_size)
-        most_gib = max(count.peak_gib(group) for group in groups)
+        memory, _ = count_memory(cfg, world_size)
+        most_gib = max(memory.peak(group).gib for group in groups)
         kind = f"{world_size} on CPU" if cfg.device == "cpu" else world_size
         rows.append(f"| `{name}` | {kind} | {describe_set(groups)} | {most_gib:.0f} |\n")
     return HEAD + "".join(rows) + TAIL

@@ -10,9 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hbp_tune.cli.counting import MemoryCount
+from hbp_tune.cli.counting import count_memory
 from hbp_tune.cli.registry import TRAIN, find
 from hbp_tune.components import ConfigError, PackingGroup, check_config, gpu_named, length_name
+from hbp_tune.components.config.packaged import read_yaml
 from hbp_tune.components.config.stock import REPLACED
 from hbp_tune.components.planning.hardware import Gpu
 
@@ -49,11 +50,12 @@ def add_convert(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     if args.destination.exists():
         raise ConfigError(f"{args.destination} exists; remove it, or choose another file")
-    text = find(args.config).read_text(encoding="utf-8")
-    cfg = stock_config(text, args.config)
-    groups = start_groups(MemoryCount(cfg, args.world_size), args.world_size, gpu_named(args.gpu), args.longest)
-    where = f"{args.world_size} {args.gpu}s"
-    converted, notes = convert(text, groups, name=str(args.destination), world_size=args.world_size, where=where)
+    path, gpu = find(args.config), gpu_named(args.gpu)
+    cfg = stock_config(read_yaml(path), args.config)
+    groups = start_groups(cfg, args.world_size, gpu, args.longest)
+    text = path.read_text(encoding="utf-8")
+    where = f"{args.world_size} {gpu.name}s"
+    converted, notes = convert(text, cfg, groups, name=str(args.destination), world_size=args.world_size, where=where)
     try:
         args.destination.write_text(converted, encoding="utf-8")
     except OSError as error:
@@ -67,13 +69,12 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def stock_config(text: str, name: str) -> DictConfig:
-    """Parse a configuration of a stock recipe for full fine-tuning.
+def stock_config(cfg: Any, name: str) -> DictConfig:
+    """Take a configuration of a stock recipe for full fine-tuning.
 
     Raises:
         ConfigError: it is none.
     """
-    cfg = OmegaConf.create(text)
     if not isinstance(cfg, DictConfig) or not {"model", "dataset", "checkpointer"} <= set(cfg):
         raise ConfigError(
             f"{name} is no configuration of torchtune's full_finetune recipes: it has no model, dataset or checkpointer"
@@ -85,11 +86,11 @@ def stock_config(text: str, name: str) -> DictConfig:
     return cfg
 
 
-def start_groups(count: MemoryCount, world_size: int, gpu: Gpu, longest: int | None) -> tuple[PackingGroup, ...]:
+def start_groups(cfg: DictConfig, world_size: int, gpu: Gpu, longest: int | None) -> tuple[PackingGroup, ...]:
     """Give packs of one rank, and, where the model encodes more, of as many ranks as the longest need.
 
     Args:
-        count: of the model's memory.
+        cfg: of the model.
         world_size: ranks of the run.
         gpu: of each.
         longest: tokens of the longest packs; by default the model's positions, 128K at most.
@@ -97,15 +98,16 @@ def start_groups(count: MemoryCount, world_size: int, gpu: Gpu, longest: int | N
     Raises:
         ConfigError: they do not fit, with all layers recomputed neither.
     """
-    longest = longest or min(count.max_seq_len, _LONGEST)
+    memory, decoder = count_memory(cfg, world_size)
+    longest = longest or min(decoder.max_seq_len, _LONGEST)
     most_ranks = world_size & -world_size  # the largest power of two that divides it
     wanted = 1 << (-(-longest // _LOCAL_LEN) - 1).bit_length()
     sizes = [(min(longest, _LOCAL_LEN), 1), *([(longest, min(wanted, most_ranks))] if longest > _LOCAL_LEN else [])]
     groups = []
     for pack_len, cp_degree in sizes:
         group = PackingGroup(name=length_name(pack_len), pack_len=pack_len, cp_degree=cp_degree)
-        if (ac_layers := count.fewest_ac_layers(group, gpu.memory_gib)) is None:
-            needs_gib = count.peak_gib(replace(group, ac_layers=count.num_layers))
+        if (ac_layers := memory.fewest_ac_layers(group, gpu.memory_gib)) is None:
+            needs_gib = memory.peak(replace(group, ac_layers=len(decoder.layers))).gib
             raise ConfigError(
                 f"packs of {pack_len} tokens over {cp_degree} of {world_size} ranks need {needs_gib:.0f} GiB with all layers "
                 f"recomputed, an {gpu.name} has {gpu.memory_gib:g}; give more ranks (--world-size) or less --longest"
@@ -142,11 +144,14 @@ def _blocks(text: str) -> Iterator[_Block]:
     yield _Block(None, before, [])
 
 
-def convert(text: str, groups: tuple[PackingGroup, ...], *, name: str, world_size: int, where: str) -> tuple[str, list[str]]:
+def convert(
+    text: str, cfg: DictConfig, groups: tuple[PackingGroup, ...], *, name: str, world_size: int, where: str
+) -> tuple[str, list[str]]:
     """Convert a configuration's text.
 
     Args:
         text: YAML of a stock recipe.
+        cfg: the same, read.
         groups: to put in.
         name: of the result, for the comments that say how to launch it.
         world_size: ranks, for these comments too.
@@ -155,8 +160,6 @@ def convert(text: str, groups: tuple[PackingGroup, ...], *, name: str, world_siz
     Returns:
         The new text, and a line for each thing that is not as it was.
     """
-    cfg = OmegaConf.create(text)
-    assert isinstance(cfg, DictConfig)
     blocks, notes, is_placed = [], [], False
     for block in _blocks(text):
         if block.key in REPLACED:
@@ -164,14 +167,11 @@ def convert(text: str, groups: tuple[PackingGroup, ...], *, name: str, world_siz
             value = cfg[block.key]
             if not any(value is one or value == one for one in harmless):
                 notes.append(f"{block.key}={value} is out: {reason}")
-            block.lines = (
-                []
-                if is_placed or block.key not in ("batch_size", "gradient_accumulation_steps")
-                else _packing(groups, world_size, where)
-            )
-            is_placed |= bool(block.lines)
+            block.lines = []
             if block.key == "max_steps_per_epoch" and value is not None:
                 block.lines = [f"max_steps: {value * cfg.get('epochs', 1)}\n"]
+            elif block.key in ("batch_size", "gradient_accumulation_steps") and not is_placed:
+                block.lines, is_placed = _packing(groups, world_size, where), True
         elif block.key in ("dataset", "tokenizer", "optimizer"):
             block.lines = [line for line in map(_mended, block.lines) if line]
             notes += _notes_on(block.key, cfg)

@@ -11,7 +11,7 @@ from torchtune import config
 from torchtune.config._errors import ConfigError as TorchtuneConfigError
 from torchtune.config._errors import InstantiationError
 
-from hbp_tune.cli.counting import MemoryCount
+from hbp_tune.cli.counting import count_memory
 from hbp_tune.cli.registry import find
 from hbp_tune.components import (
     ConfigError,
@@ -23,6 +23,7 @@ from hbp_tune.components import (
     groups_of,
     setting,
 )
+from hbp_tune.components.config.packaged import read_mapping
 
 
 def add_validate(commands: Any) -> None:
@@ -41,8 +42,7 @@ def add_validate(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    cfg = OmegaConf.load(find(args.config))
-    assert isinstance(cfg, DictConfig)
+    cfg = read_mapping(find(args.config))
     OmegaConf.resolve(cfg)
     _check_components(cfg)
     if cfg.get("groups") or cfg.get("groups_file"):
@@ -77,16 +77,16 @@ def _check_groups(cfg: DictConfig, world_size: int | None, gpu_name: str) -> Non
     for key in ("planner", "curriculum", "loss_head"):
         if hasattr(node := setting(cfg, key), "keys"):
             build(key, node)
-    count = MemoryCount(cfg, world_size)
-    check_ac_layers(groups, count.num_layers)
-    if (longest := groups[-1].pack_len) > count.max_seq_len:
+    memory, decoder = count_memory(cfg, world_size)
+    check_ac_layers(groups, len(decoder.layers))
+    if (longest := groups[-1].pack_len) > decoder.max_seq_len:
         sys.stdout.write(
-            f"Packs hold {longest:,} tokens, the model encodes {count.max_seq_len:,} positions: no sample is longer.\n"
+            f"Packs hold {longest:,} tokens, the model encodes {decoder.max_seq_len:,} positions: no sample is longer.\n"
         )
     table = Table(title=f"Memory of each of {world_size} ranks, by count")
     for heading in ("group", "length", "CP", "AC", "GiB", f"of {gpu.name}"):
         table.add_column(heading, justify="left" if heading == "group" else "right")
-    needs_gib = [count.peak_gib(group) for group in groups]
+    needs_gib = [memory.peak(group).gib for group in groups]
     for group, gib in zip(groups, needs_gib, strict=True):
         cells = (f"{group.pack_len:,}", str(group.cp_degree), str(group.ac_layers), f"{gib:.1f}", f"{gib / gpu.memory_gib:.0%}")
         table.add_row(group.name, *cells)

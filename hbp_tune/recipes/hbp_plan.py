@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from hbp_tune.components import (
     Builder,
     ConfigError,
     CostModel,
-    CpDegrees,
     EpochPlan,
     GroupSelector,
     PackingGroup,
@@ -176,19 +176,14 @@ class HBPPlanRecipe:
     def _choose_groups(self, cfg: DictConfig) -> tuple[PackingGroup, ...]:
         """Choose groups by the models of time and memory, say why, and write them to a file."""
         budget_gib = cfg.get("memory_gib") or self._gpu.memory_gib
-        memory = memory_model(cfg, decoder_shape(self._model), self.world_size)
-
-        def layout(group: PackingGroup) -> CpDegrees:
-            return self._context_parallel.layout(self._decoder.heads, group.cp_degree, [group.pack_len], group.pack_len)
-
-        def fewest(group: PackingGroup) -> int | None:
-            return memory.fewest_ac_layers(group, budget_gib, layout(group))
-
+        layout = partial(self._context_parallel.layout, self._decoder.heads)
+        memory = memory_model(cfg, decoder_shape(self._model), self.world_size, layout)
+        fewest = partial(memory.fewest_ac_layers, budget_gib=budget_gib)
         longest, overlong = int(self._lengths.max()), getattr(self._planner, "overlong", "error")
         longest = longest if overlong == "error" else min(longest, self._decoder.max_seq_len)
         candidates = candidate_groups(longest, fewest, world_size=self.world_size, ac_modes=("full", "selective"))
         smallest = candidate_groups(1, lambda group: memory.shape.num_layers, world_size=self.world_size)[-1]
-        needed_gib = memory.peak(smallest, layout(smallest)).gib
+        needed_gib = memory.peak(smallest).gib
         shortage = f"{smallest.name} over {smallest.cp_degree} ranks needs {needed_gib:.1f} of {budget_gib:g} GiB"
         check_candidates(candidates, longest if overlong == "error" else 0, shortage=shortage)
         most = max(group.pack_len for group in candidates)

@@ -100,3 +100,19 @@ def test_nobody_reads_on() -> None:
     assert done.stdout.startswith("RECIPE")
     assert "Error" not in done.stderr
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("command", ["validate", "convert"])
+def test_a_broken_file_is_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    assert main([command, str(tmp_path / "bad.yaml"), *([str(tmp_path / "new.yaml")] if command == "convert" else [])]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/bad.yaml is no valid YAML: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "new.yaml").exists()
+
+
+def test_a_list_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert main(["validate", str(tmp_path / "list.yaml")]) == 2
+    assert "must hold a mapping of keys to values" in capsys.readouterr().err

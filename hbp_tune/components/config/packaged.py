@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from hbp_tune.components.config.failures import end_after_cause, end_in_one_line, is_lost_contact, record_for_torchrun
@@ -40,13 +40,32 @@ def find_config(name: str) -> Path:
         if name not in packaged:
             raise ConfigError(f"--config {name}: no such file, and no packaged config; packaged are {', '.join(packaged)}")
         path = packaged[name]
-    try:
-        is_mapping = OmegaConf.is_dict(OmegaConf.load(path))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:  # omegaconf raises OSError for a bare number
-        raise ConfigError(f"--config {path} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not is_mapping:
-        raise ConfigError(f"--config {path} must hold a mapping of keys to values")
+    read_mapping(path, "--config ")
     return path
+
+
+def read_yaml(path: Path, option: str = "") -> Any:
+    """Read a configuration; ``option`` stands before its path in what an error says.
+
+    Raises:
+        ConfigError: it is no YAML.
+    """
+    try:
+        return OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:  # omegaconf raises OSError for a bare number
+        raise ConfigError(f"{option}{path} is no valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_mapping(path: Path, option: str = "") -> DictConfig:
+    """Read a configuration of keys; ``option`` as in `read_yaml`.
+
+    Raises:
+        ConfigError: it is no YAML, or no mapping.
+    """
+    cfg = read_yaml(path, option)
+    if not isinstance(cfg, DictConfig):
+        raise ConfigError(f"{option}{path} must hold a mapping of keys to values")
+    return cfg
 
 
 def merge_list_overrides(arguments: list[str], path: Path) -> list[str]:

@@ -4,7 +4,7 @@ Counted, not fitted: what autograd saves in torchtune's layer run op by op (comp
 and what is alive at the moments when most of it is. Only the reserve for what no tensor accounts for is an allowance.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hbp_tune.components.planning.errors import ConfigError
@@ -185,13 +185,20 @@ class MemoryModel:
         states: bytes per weight.
         accumulation: what of the gradients lies between micro-steps: ``none`` (a step is one), ``sharded``, or ``whole``
             (``fsdp_sharded_accumulation: False``).
+        layout: how the ranks of a pack divide attention, from ``(cp_degree, doc_lens, padded)``; Ulysses where left out.
 
     Raises:
         ConfigError: ``world_size`` is below 1, or there is no such accumulation.
     """
 
     def __init__(
-        self, shape: DecoderShape, *, world_size: int, states: StateBytes = BF16_ADAMW, accumulation: str = "none"
+        self,
+        shape: DecoderShape,
+        *,
+        world_size: int,
+        states: StateBytes = BF16_ADAMW,
+        accumulation: str = "none",
+        layout: Callable[[int, Sequence[int], int], CpDegrees] | None = None,
     ) -> None:
         if world_size < 1:
             raise ConfigError(f"world_size={world_size} must be at least 1")
@@ -201,28 +208,28 @@ class MemoryModel:
         self.world_size = world_size
         self.states = states
         self.accumulation = accumulation
+        self._layout = layout
 
-    def peak(self, group: PackingGroup, layout: CpDegrees | None = None) -> Moment:
+    def peak(self, group: PackingGroup) -> Moment:
         """Give the fullest moment of a step with a pack that is one document.
 
         Args:
             group: pack length, CP degree and recomputation.
-            layout: how the ranks divide attention; Ulysses where left out.
         """
         check_groups([group], self.world_size)
         check_ac_layers([group], self.shape.num_layers)
+        layout = self._layout(group.cp_degree, [group.pack_len], group.pack_len) if self._layout else None
         return max(self._moments(group, layout), key=lambda moment: moment.gib)
 
-    def fewest_ac_layers(self, group: PackingGroup, budget_gib: float, layout: CpDegrees | None = None) -> int | None:
+    def fewest_ac_layers(self, group: PackingGroup, budget_gib: float) -> int | None:
         """Give the fewest ``ac_layers`` with which the group fits; None where it does not with all of them.
 
         Args:
             group: all but its ``ac_layers`` counts.
             budget_gib: memory of the device.
-            layout: how the ranks divide attention; Ulysses where left out.
         """
         for ac_layers in range(self.shape.num_layers + 1):
-            if self.peak(replace(group, ac_layers=ac_layers), layout).gib <= budget_gib:
+            if self.peak(replace(group, ac_layers=ac_layers)).gib <= budget_gib:
                 return ac_layers
         return None
 
