@@ -4,8 +4,9 @@ The README is the site's first page. Links to results lead to pages made of thes
 which the site does not have, become their names.
 """
 
+import posixpath
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
@@ -19,10 +20,9 @@ _LINK = re.compile(r"(!?)\[((?:[^\]\[]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 def on_files(files: Files, config: Any) -> Files:
     """Add pages that lie elsewhere in the repository."""
-    pages = {page: source for source, page in PAGES.items()}
     results = sorted(path.relative_to(ROOT) for path in (ROOT / RESULTS).glob("*.md"))
-    pages |= {f"results/{path.name}": str(path) for path in results}
-    for page, source in pages.items():
+    sources = PAGES | {str(path): f"results/{path.name}" for path in results}
+    for source, page in sources.items():
         text = _relinked((ROOT / source).read_text(encoding="utf-8"), source, page)
         files.append(File.generated(config, page, content=text))
     listed = "".join(f"- [{_title(ROOT / path)}](results/{path.name})\n" for path in results)
@@ -56,7 +56,7 @@ def _link(match: re.Match[str], source: str, page: str) -> str:
     if "://" in target or target.startswith("#"):
         return match[0]
     path, _, anchor = target.partition("#")
-    there = _normal(PurePosixPath(source).parent / path)
+    there = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
     if (where := _page_of(there)) is None:
         return f"{label} (`{there}`)" if f"`{there}`" != label else label
     up = "../" * page.count("/")
@@ -72,13 +72,3 @@ def _page_of(path: str) -> str | None:
     if path.startswith("docs/") and not path.endswith(".diff"):
         return path.removeprefix("docs/")
     return None
-
-
-def _normal(path: PurePosixPath) -> str:
-    parts: list[str] = []
-    for part in path.parts:
-        if part == "..":
-            parts = parts[:-1]
-        elif part != ".":
-            parts.append(part)
-    return "/".join(parts)

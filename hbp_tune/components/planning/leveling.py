@@ -334,7 +334,10 @@ def fill_level(
     load = packs.sums(cost.sample_cost(lengths)).reshape(-1, num_replicas)
     gap = (load.max(axis=1, keepdims=True) - load).ravel()
     room = pack_len - packs.sums(lengths.astype(np.int64))
-    taken = _fill_gaps(lengths[candidates].astype(np.int64), room, gap, cost.double_len)
+    # One kind of pack, so that a candidate has one load.
+    candidate_load = cost.sample_cost(lengths[candidates])[:, None]
+    one_kind = np.zeros(len(packs), dtype=np.int64)
+    taken = fill_gaps(lengths[candidates].astype(np.int64), candidate_load, one_kind, room, gap)
     is_taken = taken >= 0
     ids = np.concatenate((packs.ids, candidates[is_taken]))
     place = np.concatenate((np.repeat(np.arange(len(packs)), np.diff(packs.offsets)), taken[is_taken]))
@@ -342,20 +345,35 @@ def fill_level(
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def _fill_gaps(lengths: NDArray[np.int64], room: NDArray[np.int64], gap: NDArray[np.int64], double_len: int) -> NDArray[np.int64]:
-    """Walk round the candidates; each pack takes those that fit its room and gap until 32 in a row do not."""
+def fill_gaps(
+    lengths: NDArray[np.int64],
+    load: NDArray[np.number],
+    kind: NDArray[np.int64],
+    room: NDArray[np.int64],
+    gap: NDArray[np.number],
+) -> NDArray[np.int64]:
+    """Walk round the candidates; each pack takes those that fit its room and gap until 32 in a row do not.
+
+    Args:
+        lengths: ``int64[n]``, of the candidates.
+        load: ``[n, kinds]``, what a candidate adds to the load of a pack of each kind.
+        kind: ``int64[packs]``.
+        room: ``int64[packs]``, tokens that each pack can still take; changed in place.
+        gap: ``[packs]``, load that each pack can still take; changed in place.
+
+    Returns:
+        ``int64[n]``, the pack of each candidate, or -1.
+    """
     size = len(lengths)
     taken = np.full(size, -1, dtype=np.int64)
     cursor, left = 0, size
     for pack in range(len(room)):
         refused = 0
         while left and refused < min(32, size):
-            length = lengths[cursor]
-            cost = length * (length + double_len)
-            if taken[cursor] < 0 and length <= room[pack] and cost <= gap[pack]:
+            if taken[cursor] < 0 and lengths[cursor] <= room[pack] and load[cursor, kind[pack]] <= gap[pack]:
                 taken[cursor] = pack
-                room[pack] -= length
-                gap[pack] -= cost
+                room[pack] -= lengths[cursor]
+                gap[pack] -= load[cursor, kind[pack]]
                 left -= 1
                 refused = 0
             else:

@@ -13,7 +13,7 @@ from hbp_tune.components.planning.cost import CostModel
 from hbp_tune.components.planning.errors import ConfigError
 from hbp_tune.components.planning.groups import check_lengths
 from hbp_tune.components.planning.hashing import hashed_order
-from hbp_tune.components.planning.leveling import cost_limit
+from hbp_tune.components.planning.leveling import cost_limit, fill_gaps
 from hbp_tune.components.planning.planner import BalancePlanner
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup, check_groups
 from hbp_tune.components.planning.simulation import PackWork
@@ -91,7 +91,10 @@ def assign_mixed(
         made = _best_micro_step(documents, levels, world_size, rate)
         is_placed = made.place >= 0
         next_ones = light[: _CANDIDATES * world_size]
-        fill = _fill(_Documents(lengths[next_ones].astype(np.int64), load[next_ones]), made, levels, documents)
+        room = levels.pack_lens[made.level]
+        np.subtract.at(room, made.place[is_placed], documents.lengths[is_placed])
+        gap = made.load.max() - made.load
+        fill = fill_gaps(lengths[next_ones].astype(np.int64), load[next_ones], made.level, room, gap)
         taken = np.flatnonzero(fill >= 0)
         place = np.concatenate((made.place[is_placed], fill[taken]))
         works.append(_Filled.of(lengths[np.concatenate((heavy[is_placed], light[taken]))], place, made.level))
@@ -216,33 +219,3 @@ def _compose(documents: _Documents, wanted: NDArray[np.int64], levels: _Levels, 
             load[best] += documents.load[i, level[best]]
     num += free // levels.degrees[0]  # the first level is what `level` began with
     return _MicroStep(place, level[:num], load[:num])
-
-
-@njit(cache=True)  # type: ignore[untyped-decorator]
-def _fill(light: _Documents, made: _MicroStep, levels: _Levels, heavy: _Documents) -> NDArray[np.int64]:
-    """Walk round the light documents; each pack takes those that fit its room and time until 32 in a row do not.
-
-    Gives the pack of each light document, or -1, and adds what packs took to their load.
-    """
-    size = len(light.lengths)
-    taken = np.full(size, -1, dtype=np.int64)
-    target = made.load.max()
-    room = levels.pack_lens[made.level]
-    for i in range(len(made.place)):
-        if made.place[i] >= 0:
-            room[made.place[i]] -= heavy.lengths[i]
-    cursor, left = 0, size
-    for pack in range(len(room)):
-        refused = 0
-        while left and refused < min(32, size):
-            load_s = light.load[cursor, made.level[pack]]
-            if taken[cursor] < 0 and light.lengths[cursor] <= room[pack] and made.load[pack] + load_s <= target:
-                taken[cursor] = pack
-                room[pack] -= light.lengths[cursor]
-                made.load[pack] += load_s
-                left -= 1
-                refused = 0
-            else:
-                refused += 1
-            cursor = cursor + 1 if cursor + 1 < size else 0
-    return taken

@@ -159,9 +159,9 @@ def _groups(report: PlanReport) -> str:
         colour = charts.group_colour(index)
         name = f'<td class="text"><i class="group" style="background:{colour}"></i>{escape(group.name)}</td>'
         rows.append(f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    rows_html = table(('<th class="text">group</th>', *(f"<th>{name}</th>" for name in _GROUP_COLUMNS)), rows)
+    drawn = table(('<th class="text">group</th>', *(f"<th>{name}</th>" for name in _GROUP_COLUMNS)), rows)
     return (
-        f'<section><h2>Groups: who packs with whom</h2>{rows_html}<p class="caption">Tokens per step: mean and coefficient of '
+        f'<section><h2>Groups: who packs with whom</h2>{drawn}<p class="caption">Tokens per step: mean and coefficient of '
         "variation (standard deviation over mean).</p></section>\n"
     )
 
@@ -175,9 +175,9 @@ def _metrics(report: PlanReport) -> str:
             f'<tr><td class="prose">{metric.name}<span>{metric.meaning}</span></td>'
             f'<td class="own">{_value(metric.key, report.metrics, report.metrics)}</td>{others}</tr>'
         )
-    rows_html = table(('<th class="text">metric</th>', *head), rows)
+    drawn = table(('<th class="text">metric</th>', *head), rows)
     return (
-        f"<section><h2>Metrics beside other packings of the same data</h2>{rows_html}"
+        f"<section><h2>Metrics beside other packings of the same data</h2>{drawn}"
         '<p class="caption">Shares run from 0 to 1; less is better but for Ave-T. The other packings put all samples into '
         "packs of the shortest group that holds them all.</p></section>\n"
     )

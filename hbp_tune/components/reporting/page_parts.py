@@ -54,8 +54,8 @@ def document(title: str, parts: Iterable[str]) -> str:
 
 def table(head: Iterable[str], rows: Iterable[str]) -> str:
     """Make a table of header cells and rows, which scrolls where it is too wide."""
-    rows_html = f"<table><thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f'<div class="scroll" tabindex="0">{rows_html}</div>'
+    body = f"<table><thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{body}</div>'
 
 
 def tiles(entries: Iterable[tuple[str, str]]) -> str:

@@ -56,7 +56,7 @@ def render_run_page(log: RunLog, title: str) -> str:
 
 
 def _groups(log: RunLog) -> Groups:
-    """Tell the steps of each group apart by pack length and CP degree, from short to long; named as the run names them."""
+    """Tell the steps of each group apart by pack length and CP degree, from short to long."""
     pairs = np.column_stack((log.column("pack_len"), log.column("cp_degree")))
     found = []
     for pack_len, cp_degree in sorted({(float(a), float(b)) for a, b in pairs if np.isfinite(a)}):
