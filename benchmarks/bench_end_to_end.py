@@ -17,14 +17,22 @@ steps, beside those of the formula; and a summary.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from pinned import ISF, Recorder, demo_config, is_rank, profile, recorded_recipe, start_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hbp_tune.components import CostModel, CpDegrees, PackingGroup
+from hbp_tune.components.planning.exchange import moved_heads
+from hbp_tune.components.planning.sharding import padded_len
+from hbp_tune.components.planning.simulation import PackWork, simulate
 
 COMMON = [
     "save_every_n_steps=null",
@@ -38,46 +46,17 @@ WARM_STEPS = 2
 COUNTED_STEPS = 4
 
 
-class Recorder:
-    """Keeps the busy seconds that the recipe's clock gives, and wall seconds beside them."""
-
-    def __init__(self, clock: Any) -> None:
-        self._clock = clock
-        self._start_s = 0.0
-        self.wall_s: list[float] = []
-        self.busy_s: list[float] = []
-
-    def start(self) -> None:
-        """Begin a micro-step."""
-        self._clock.start()
-        self._start_s = time.perf_counter()
-
-    def stop(self) -> None:
-        """End it."""
-        self.wall_s.append(time.perf_counter() - self._start_s)
-        self._clock.stop()
-
-    def read_s(self) -> list[float]:
-        """Give what is new, and keep everything."""
-        new = self._clock.read_s()
-        self.busy_s += new
-        return new
-
-
 def cases(short_len: int, long_len: int) -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
     """Give groups and planner settings of each case; layers recompute in long packs alone, as memory would have it."""
-    from hbp_tune.components import PackingGroup
-
     short = PackingGroup(name="short", pack_len=short_len)
     long = PackingGroup(name="long", pack_len=long_len, cp_degree=2, ac_layers=2)
     alone = PackingGroup(name="long", pack_len=long_len, cp_degree=1, ac_layers=2)
-    isf = {"mode": "paper", "fill": False, "sort_by": None, "packer": {"_component_": "hbp_tune.components.ISF"}}
     component = {"_component_": "hbp_tune.components.PackingGroup"}
     return {
         name: ([component | asdict(group) for group in groups], planner)
         for name, groups, planner in (
-            ("isf, cp 2", [long], isf),
-            ("isf, cp 1", [alone], isf),
+            ("isf, cp 2", [long], ISF),
+            ("isf, cp 1", [alone], ISF),
             ("hierarchical, no balance", [short, long], {"mode": "paper", "sort_by": None}),
             ("hbp, paper mode", [short, long], {"mode": "paper"}),
             ("hbp, cost mode", [short, long], {}),
@@ -87,59 +66,26 @@ def cases(short_len: int, long_len: int) -> dict[str, tuple[list[dict[str, Any]]
 
 def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """Profile this machine, then train every case in this process group."""
-    import numpy as np
-    import torch.distributed as dist
-    from omegaconf import DictConfig, OmegaConf
-
-    from hbp_tune.components import CostModel, fit_rates, starting_rates
-    from hbp_tune.components.planning.simulation import PackWork, simulate
-    from hbp_tune.recipes import hbp_full_finetune_distributed as training_recipe
-    from hbp_tune.recipes.hbp_profile_groups import HBPProfileGroupsRecipe
-
-    rank = int(os.environ["LOCAL_RANK"])
-    os.sched_setaffinity(0, {rank})
-    root = Path(__file__).parents[1]
-    folders = [f"demo_dir={arguments.demo}", f"output_dir={arguments.work}"]
     sizes = [f"profile.shortest={arguments.short}", f"planner.tokens_per_step={4 * arguments.long}"]
-    base = OmegaConf.merge(
-        OmegaConf.load(root / "configs/demo/tiny_llama_cpu.yaml"),
-        OmegaConf.from_dotlist([*folders, *sizes, *COMMON, *overrides]),
-    )
+    base = demo_config(arguments.demo, arguments.work, [*sizes, *COMMON, *overrides])
     every_case = cases(arguments.short, arguments.long)
-    profiler = HBPProfileGroupsRecipe(base)
-    profiler.setup(base)
-    profiler.profile()
-    fitted = fit_rates(profiler._shape, profiler._profile.measurements, starting_rates(profiler._device))
-    cost = CostModel(profiler._shape, fitted.rates)
+    _, _, cost, rms_error = profile(base)
 
     def say(line: dict[str, Any]) -> None:
-        if rank == 0:
+        if dist.get_rank() == 0:
             print(json.dumps(line), flush=True)
 
     here, there = cost.token_s / cost.square_s, CostModel().token_s / CostModel().square_s
     say({"double_len": round(here), "double_len_8b_h100": round(there), "long_as_8b": round(arguments.long * there / here)})
 
-    def build(name: str, output_dir: Path, **more: Any) -> Any:
+    def build(name: str, output_dir: Path, **more: Any) -> tuple[Any, Recorder]:
         groups, planner = every_case[name]
         cfg: DictConfig = OmegaConf.merge(base, {"output_dir": str(output_dir), "planner": planner, **more})
         cfg.groups, cfg.metric_logger = groups, None
-        recipe = training_recipe.HBPFullFinetuneRecipeDistributed(cfg)
-        recipe.setup(cfg)
-        recipe.save_checkpoint = lambda epoch: None  # type: ignore[method-assign]
-        return recipe
+        return recorded_recipe(cfg)
 
     def train(name: str, number: int) -> dict[str, Any]:
-        clock_of, recorders = training_recipe.busy_clock, []
-
-        def recording(*args: Any) -> Any:
-            recorders.append(Recorder(clock_of(*args)))
-            return recorders[-1]
-
-        training_recipe.busy_clock = recording  # type: ignore[assignment]
-        try:
-            recipe = build(name, arguments.work / f"round_{number}")
-        finally:
-            training_recipe.busy_clock = clock_of
+        recipe, recorder = build(name, arguments.work / f"round_{number}")
         losses: dict[str, float] = {}
         validate = recipe._validator.run
         recipe._validator.run = lambda *args: losses.update(found := validate(*args)) or found
@@ -149,7 +95,7 @@ def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
         plan = recipe._plan_epoch(0, first_step=0)
         warm = int((plan.pack_step[plan.micro_step_starts] < WARM_STEPS).sum())
         every: list[Any] = [None, None]
-        dist.all_gather_object(every, (recorders[0].wall_s[warm:], recorders[0].busy_s[warm:]))
+        dist.all_gather_object(every, (recorder.wall_s[warm:], recorder.busy_s[warm:]))
         wall_s, busy_s = (np.array([each[i] for each in every]) for i in (0, 1))
         simulated = simulate(PackWork.of_plan(plan), cost)
         busy_foretold = np.repeat(simulated.busy_s, plan.cp_degrees).reshape(-1, plan.world_size)[warm:]
@@ -177,18 +123,12 @@ def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
         for name in names[number % len(names) :] + names[: number % len(names)]:
             lines.append(train(name, number))
     for name in every_case:
-        say(count_bytes(name, build(name, arguments.work / "counted", max_steps=COUNTED_STEPS)))
-    say(summary(lines, fitted.rms_error))
+        say(count_bytes(name, build(name, arguments.work / "counted", max_steps=COUNTED_STEPS)[0]))
+    say(summary(lines, rms_error))
 
 
 def count_bytes(name: str, recipe: Any) -> dict[str, Any]:
     """Count the elements that a rank receives in the exchange of some steps, beside the formula's."""
-    import numpy as np
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    from hbp_tune.components import CpDegrees
-    from hbp_tune.components.planning.exchange import moved_heads
-    from hbp_tune.components.planning.sharding import padded_len
 
     class Counter(TorchDispatchMode):
         received = 0.0
@@ -252,11 +192,10 @@ def main() -> None:
         "--long", type=int, default=4096, help="tokens of long packs, which hold every sample (default: %(default)s)"
     )
     arguments, overrides = parser.parse_known_args()
-    if "LOCAL_RANK" in os.environ:
+    if is_rank():
         rank_main(arguments, overrides)
-        return
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*command, __file__, *sys.argv[1:]], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    else:
+        start_ranks(__file__)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""Real training of the demo on two gloo ranks, each bound to a core: nobody lends a waiting rank's core to a busy one."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from hbp_tune.components import CostModel, PackingGroup, fit_rates, starting_rates
+from hbp_tune.recipes import hbp_full_finetune_distributed as training_recipe
+from hbp_tune.recipes.hbp_profile_groups import HBPProfileGroupsRecipe
+
+ROOT = Path(__file__).parents[1]
+# Planner settings of one-length packing.
+ISF = {"mode": "paper", "fill": False, "sort_by": None, "packer": {"_component_": "hbp_tune.components.ISF"}}
+
+
+class Recorder:
+    """Keeps the busy seconds that the recipe's clock gives, and wall seconds beside them, waiting included."""
+
+    def __init__(self, clock: Any) -> None:
+        self._clock = clock
+        self._start_s = 0.0
+        self.wall_s: list[float] = []
+        self.busy_s: list[float] = []
+
+    def start(self) -> None:
+        """Begin a micro-step."""
+        self._clock.start()
+        self._start_s = time.perf_counter()
+
+    def stop(self) -> None:
+        """End it."""
+        self.wall_s.append(time.perf_counter() - self._start_s)
+        self._clock.stop()
+
+    def read_s(self) -> list[float]:
+        """Give what is new, and keep everything."""
+        new: list[float] = self._clock.read_s()
+        self.busy_s += new
+        return new
+
+
+def is_rank() -> bool:
+    """Tell whether this process is one of the ranks; if so, it is bound to its core from now on."""
+    if "LOCAL_RANK" not in os.environ:
+        return False
+    os.sched_setaffinity(0, {int(os.environ["LOCAL_RANK"])})
+    return True
+
+
+def start_ranks(file: str) -> None:
+    """Start this script again as two ranks of one thread each."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*command, file, *sys.argv[1:]], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+
+
+def demo_config(demo: Path, work: Path, settings: Sequence[str]) -> DictConfig:
+    """Give the demo's configuration with other folders and settings."""
+    folders = [f"demo_dir={demo}", f"output_dir={work}"]
+    cfg = OmegaConf.merge(
+        OmegaConf.load(ROOT / "configs/demo/tiny_llama_cpu.yaml"), OmegaConf.from_dotlist([*folders, *settings])
+    )
+    assert isinstance(cfg, DictConfig)
+    return cfg
+
+
+def profile(cfg: DictConfig) -> tuple[HBPProfileGroupsRecipe, list[PackingGroup], CostModel, float]:
+    """Profile this machine; give the profiler, what fits, the cost model fitted to it, and the fit's error."""
+    profiler = HBPProfileGroupsRecipe(cfg)
+    profiler.setup(cfg)
+    fitting = profiler.profile()
+    fitted = fit_rates(profiler._shape, profiler._profile.measurements, starting_rates(profiler._device))
+    return profiler, fitting, CostModel(profiler._shape, fitted.rates), fitted.rms_error
+
+
+def recorded_recipe(cfg: DictConfig) -> tuple[Any, Recorder]:
+    """Set a training recipe up that exports nothing, and the recorder of its micro-steps."""
+    recorders: list[Recorder] = []
+    clock_of = training_recipe.busy_clock
+
+    def recording(*args: Any) -> Recorder:
+        recorders.append(Recorder(clock_of(*args)))
+        return recorders[-1]
+
+    training_recipe.busy_clock = recording  # type: ignore[assignment]
+    try:
+        recipe = training_recipe.HBPFullFinetuneRecipeDistributed(cfg)
+        recipe.setup(cfg)
+    finally:
+        training_recipe.busy_clock = clock_of
+    recipe.save_checkpoint = lambda epoch: None  # type: ignore[method-assign]
+    return recipe, recorders[0]
