@@ -342,6 +342,25 @@ def test_token_losses_are_the_terms_of_the_sum(chunk_tokens: int | None) -> None
     assert (losses[inputs[2] == -100] == 0).all()
 
 
+def compiled_head(chunk_tokens: int | None = None, backend: str = "inductor") -> ForwardGradientHead:
+    head = ForwardGradientHead(chunk_tokens)
+    head.compile(backend)
+    return head
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_compiled_head_gives_what_the_other_gives(backend: str, dtype: torch.dtype) -> None:
+    hidden, weight, labels, loss_weights = make(50)
+    labels[0, 7] = -100
+    inputs = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+    results = [
+        loss_and_gradients(head, [*inputs, labels, loss_weights]) for head in (compiled_head(7, backend), ForwardGradientHead(7))
+    ]
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() <= (1e-2 if dtype == torch.bfloat16 else 1e-6) * want.norm()
+
+
 GROUPS = [{"name": "short", "pack_len": 128}, {"name": "long", "pack_len": 512, "cp_degree": 2}]
 
 
@@ -381,7 +400,7 @@ def test_a_recipe_checks_the_weights_of_its_plan(ranks: Callable[[int], RankPool
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("head_type", [ForwardGradientHead, RecomputedHead, LigerHead])
+@pytest.mark.parametrize("head_type", [ForwardGradientHead, compiled_head, RecomputedHead, LigerHead])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 def test_gradients_on_a_gpu(head_type: Callable[..., LossHead], dtype: torch.dtype, tolerance: float) -> None:
     if head_type is LigerHead:

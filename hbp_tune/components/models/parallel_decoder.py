@@ -24,7 +24,7 @@ def parallelize_decoder(
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> DecoderParts:
-    """Hook packs into a decoder, compile its layers, make them recompute, and shard it, in this order, in place.
+    """Hook packs into a decoder, compile its layers and its head, make them recompute, and shard it, in this order, in place.
 
     Args:
         model: on any device, the meta device included.
@@ -39,6 +39,7 @@ def parallelize_decoder(
     parts = adapt_decoder(model, loss_head=loss_head)
     if compile_backend:  # first, so that neither recomputation nor gathering of weights is part of a graph
         compile_layers(parts.layers, backend=compile_backend)
+        loss_head.compile(compile_backend)
     make_checkpointable(parts.layers)  # before FSDP, which must gather weights around the recomputation too
     apply_fsdp(
         model,
