@@ -1,6 +1,7 @@
 import importlib.machinery
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
@@ -12,6 +13,7 @@ from hbp_tune.components.data.batch import Spans
 from hbp_tune.components.parallel import attention
 from hbp_tune.components.parallel.attention import (
     Attention,
+    attend_by_length,
     flash_attention,
     sdpa_per_document,
     select_attention,
@@ -81,6 +83,58 @@ def test_changing_one_document_changes_no_other() -> None:
     assert_no_leak(lambda q, k, v: sdpa_per_document(q, k, v, spans_of((4, 5, 3))), qkv(12, 4, 2))
 
 
+def by_length(shortest: int) -> Attention:
+    """Attend over runs of so many tokens by themselves, each by SDPA in place of cuDNN, padded as for it."""
+
+    def long(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert len(q) == len(k) >= shortest
+        return sdpa_per_document(q, k, v, spans_of((len(q),)))
+
+    def others(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
+        assert (len(q), len(k)) == (spans.cu_seqlens_q[-1], spans.cu_seqlens_k[-1])
+        assert spans.cu_seqlens_q.diff().tolist() == list(spans.query_lens)
+        assert spans.cu_seqlens_k.diff().tolist() == list(spans.key_lens)
+        assert all(queries != keys or queries < shortest for queries, keys in zip(spans.query_lens, spans.key_lens, strict=True))
+        return sdpa_per_document(q, k, v, spans)
+
+    return lambda q, k, v, spans: attend_by_length(q, k, v, spans, long=long, others=others, shortest=shortest)
+
+
+@pytest.mark.parametrize("doc_lens", [(12,), (1, 11), (5, 1, 1, 5), (1, 2, 5, 3, 1), (3, 3, 3, 3), (1,) * 12])
+@pytest.mark.parametrize("shortest", [1, 3, 5, 99])
+def test_long_documents_by_themselves_equal_a_dense_mask(doc_lens: tuple[int, ...], shortest: int) -> None:
+    inputs = qkv(12, 4, 2)
+    got, want = by_length(shortest)(*inputs, spans_of(doc_lens)), dense(*inputs, doc_lens)
+    torch.testing.assert_close(got, want)
+    weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
+    for left, right in zip(
+        torch.autograd.grad((got * weights).sum(), inputs), torch.autograd.grad((want * weights).sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("doc_lens", [(11, 5), (1, 9, 2, 4)])
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_runs_with_gathered_keys_are_not_taken_for_long_documents(doc_lens: tuple[int, ...], num_parts: int) -> None:
+    inputs = qkv(16, 4, 2)
+    want = dense(*inputs, doc_lens)
+    for index in range(num_parts):
+        rows, _ = rank_view(doc_lens, 16, CpDegrees(gather=num_parts), index)
+        torch.testing.assert_close(attend_part(by_length(2), inputs, doc_lens, num_parts, index), want[rows])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 1023, 1024, 1025])
+def test_documents_are_padded_for_cudnn_where_no_query_looks(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda backend: nullcontext())  # cuDNN needs a GPU: torch's own choice here
+    inputs = qkv(num_tokens, 2, 1, head_dim=4)
+    got, want = attention._cudnn_causal(*inputs), dense(*inputs, (num_tokens,))
+    torch.testing.assert_close(got, want)
+    for left, right in zip(
+        torch.autograd.grad(got.square().sum(), inputs), torch.autograd.grad(want.square().sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(left, right)
+
+
 def test_choice_by_device_and_dtype() -> None:
     kernel, why = select_attention("auto", CPU, torch.bfloat16)
     assert kernel is sdpa_per_document
@@ -98,8 +152,10 @@ def test_choice_by_device_and_dtype() -> None:
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "message"),
     [
-        ("flex", CUDA, torch.bfloat16, r"attention='flex' is no kernel; choose auto or one of varlen, flash, sdpa"),
+        ("flex", CUDA, torch.bfloat16, r"attention='flex' is no kernel; choose auto or one of cudnn, varlen, flash, sdpa"),
         ("varlen", CPU, torch.bfloat16, r"attention='varlen' runs in bf16 on CUDA, not bfloat16 on cpu; .*auto or sdpa"),
+        ("cudnn", CPU, torch.bfloat16, r"attention='cudnn' runs in bf16 on CUDA, not bfloat16 on cpu; .*auto or sdpa"),
+        ("cudnn", CUDA, torch.bfloat16, r"attention='cudnn' needs a torch with cuDNN; set attention to auto"),
         ("flash", CUDA, torch.float32, r"attention='flash' runs in bf16 on CUDA, not float32 on cuda"),
         ("flash", CUDA, torch.bfloat16, r"attention='flash' needs the flash-attn package: pip install 'hbp-tune\[flash\]'"),
     ],
@@ -108,6 +164,7 @@ def test_kernels_that_cannot_run_are_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, device: torch.device, dtype: torch.dtype, message: str
 ) -> None:
     monkeypatch.setattr(attention, "has_flash_attention", lambda: False)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=message):
         select_attention(name, device, dtype)
 
@@ -150,8 +207,12 @@ def test_the_flash_attn_package_is_called_with_every_run(monkeypatch: pytest.Mon
     assert attention.has_flash_attention()
 
 
+def cudnn_from_100(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
+    return attend_by_length(q, k, v, spans, long=attention._cudnn_causal, others=varlen_attention, shortest=100)
+
+
 def gpu_kernels() -> list[Attention]:
-    return [varlen_attention, *([flash_attention] if attention.has_flash_attention() else [])]
+    return [varlen_attention, cudnn_from_100, *([flash_attention] if attention.has_flash_attention() else [])]
 
 
 @pytest.mark.gpu

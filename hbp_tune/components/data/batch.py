@@ -49,6 +49,17 @@ class Spans:
             gathered_len=part.gathered_len,
         )
 
+    def of_runs(self, first: int, end: int) -> "Spans":
+        """Take neighbouring runs alone, from ``first`` to before ``end``, whose keys have been gathered."""
+        cu_seqlens_q = self.cu_seqlens_q[first : end + 1] - self.cu_seqlens_q[first]
+        is_self = self.cu_seqlens_k is self.cu_seqlens_q
+        return Spans(
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_q if is_self else self.cu_seqlens_k[first : end + 1] - self.cu_seqlens_k[first],
+            query_lens=self.query_lens[first:end],
+            key_lens=self.key_lens[first:end],
+        )
+
     def map(self, change: Callable[[Any], Any]) -> "Spans":
         """Change every tensor."""
         cu_seqlens_q = change(self.cu_seqlens_q)
