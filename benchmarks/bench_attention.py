@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from hbp_tune.components.data.batch import Spans
 from hbp_tune.components.parallel.attention import (
     Attention,
+    cudnn_attention,
     flash_attention,
     has_flash_attention,
     has_varlen_attention,
@@ -43,7 +44,10 @@ def packs(pack_len: int) -> dict[str, list[int]]:
 
 
 def flex(doc_lens: list[int], on: torch.device) -> Attention:
-    """Run torch's flex attention, compiled, with the documents as a block mask that is made once."""
+    """Run torch's flex attention, compiled, with the documents as a block mask that is made once.
+
+    KV heads are repeated first, as by torchtune: on an H200 (torch 2.11) compiling its own way took more than a minute.
+    """
     doc_ids = torch.repeat_interleave(torch.arange(len(doc_lens)), torch.tensor(doc_lens)).to(on)
 
     def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -57,8 +61,9 @@ def flex(doc_lens: list[int], on: torch.device) -> Attention:
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
-        heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
-        return compiled(*heads_first, block_mask=mask(), enable_gqa=True)[0].transpose(0, 1)
+        repeats = q.shape[1] // k.shape[1]
+        heads_first = [x.transpose(0, 1)[None] for x in (q, *(y.repeat_interleave(repeats, dim=1) for y in (k, v)))]
+        return compiled(*heads_first, block_mask=mask())[0].transpose(0, 1)
 
     return attend
 
@@ -82,6 +87,7 @@ def kernels(doc_lens: list[int], on: torch.device) -> dict[str, Attention]:
         return found | {"dense mask": dense(doc_lens, on)}
     if has_varlen_attention():
         found["torch varlen"] = varlen_attention
+        found["cudnn for long ones"] = cudnn_attention
     if has_flash_attention():
         found["flash-attn"] = flash_attention
     return found | {"flex, document mask": flex(doc_lens, on)}

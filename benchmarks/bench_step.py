@@ -16,6 +16,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,25 +35,22 @@ from measuring import (
     timed,
     with_layers,
 )
-from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torchtune import training
 from torchtune.modules.attention_utils import packed_block_causal_mask
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from hbp_tune.components import (
+    ForwardGradientHead,
     GroupSwitch,
     PackBatch,
     PackingGroup,
     Ulysses,
-    adapt_decoder,
     apply_fsdp,
     build_cp_meshes,
     build_fsdp_mesh,
-    compile_layers,
-    make_checkpointable,
+    parallelize_decoder,
     select_attention,
-    separate_units,
 )
 from hbp_tune.components.data.made import random_batch
 from hbp_tune.components.planning.hardware import gpu_of
@@ -80,22 +78,19 @@ def most_layers(shape: DecoderShape, on: torch.device) -> int:
     return max(1, min(shape.num_layers, int((weights - 2 * shape.vocab_params) // shape.layer_params)))
 
 
-def finish(model: nn.Module, on: torch.device, *, separate: tuple[str, ...] = ()) -> torch.optim.Optimizer:
-    """Shard by layer, as both recipes do, and make the optimizer."""
-    dtype = next(model.parameters()).dtype
-    units = (*model.layers, *separate_units(model, separate))
-    apply_fsdp(model, units, build_fsdp_mesh(on.type), compute_dtype=dtype)
-    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-
 def our_step(case: Case, shape: DecoderShape, batch: PackBatch, on: torch.device) -> Callable[[], None]:
     model = random_decoder(shape, on, batch.num_tokens)
-    layers = adapt_decoder(model).layers
-    if case.compiled:
-        compile_layers(layers)
-    make_checkpointable(layers)
-    optimizer = finish(model, on, separate=("tok_embeddings", "output"))
-    attention, _ = select_attention("auto", on, next(model.parameters()).dtype)
+    dtype = next(model.parameters()).dtype
+    layers = parallelize_decoder(
+        model,
+        loss_head=ForwardGradientHead(),
+        device_type=on.type,
+        compute_dtype=dtype,
+        compile_backend="inductor" if case.compiled else None,
+        separate=("tok_embeddings", "output"),
+    ).layers
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    attention, _ = select_attention("auto", on, dtype)
     switch = GroupSwitch(layers, build_cp_meshes([], on.type), attention, Ulysses())
 
     def step() -> None:
@@ -117,7 +112,9 @@ def stock_step(case: Case, shape: DecoderShape, batch: PackBatch, on: torch.devi
         training.compile_loss(loss_fn, verbose=False)
     for index in range(case.ac_layers):
         model.layers[index] = checkpoint_wrapper(model.layers[index])
-    optimizer = finish(model, on)  # a separate output would be gathered for each of the loss's chunks
+    # A separate output would be gathered for each of the loss's chunks.
+    apply_fsdp(model, model.layers, build_fsdp_mesh(on.type), compute_dtype=next(model.parameters()).dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     doc_lens = torch.tensor(batch.spans.query_lens, device=on)
 
     def step() -> None:
@@ -129,7 +126,9 @@ def stock_step(case: Case, shape: DecoderShape, batch: PackBatch, on: torch.devi
     return step
 
 
-def measure(case: Case, shape: DecoderShape, doc_lens: list[int], on: torch.device, *, steps: int) -> tuple[float, float]:
+def measure(
+    case: Case, shape: DecoderShape, doc_lens: list[int], on: torch.device, *, steps: int, warmups: int = 2
+) -> tuple[float, float]:
     """Give the median seconds of a step and the peak GiB of tensors (0 on a CPU)."""
     group = PackingGroup(name="pack", pack_len=sum(doc_lens), ac_layers=case.ac_layers)
     batch = random_batch(doc_lens, group, shape.vocab_size).to(on)
@@ -137,7 +136,7 @@ def measure(case: Case, shape: DecoderShape, doc_lens: list[int], on: torch.devi
     if on.type == "cuda":
         torch.cuda.empty_cache()
     step = (our_step if case.ours else stock_step)(case, shape, batch, on)
-    for _ in range(2):
+    for _ in range(warmups):
         step()
     if on.type == "cuda":
         torch.cuda.reset_peak_memory_stats(on)
@@ -146,15 +145,15 @@ def measure(case: Case, shape: DecoderShape, doc_lens: list[int], on: torch.devi
 
 
 def fewest_ac_layers(case: Case, shape: DecoderShape, doc_lens: list[int], on: torch.device) -> int:
-    """Search the fewest recomputed layers that fit, by running out of memory."""
-    low, high = 0, shape.num_layers
+    """Search the fewest recomputed layers that fit, by running out of memory; none first, which most often fits."""
+    low, high, probed = 0, shape.num_layers, 0
     while on.type == "cuda" and low < high:
-        middle = (low + high) // 2
         try:
-            measure(Case(ours=case.ours, ac_layers=middle), shape, doc_lens, on, steps=1)
-            high = middle
+            measure(replace(case, ac_layers=probed), shape, doc_lens, on, steps=2, warmups=0)
+            high = probed
         except torch.OutOfMemoryError:
-            low = middle + 1
+            low = probed + 1
+        probed = (low + high) // 2
     return low
 
 
@@ -188,6 +187,7 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, case in cases.items():
             rounds[name].append(measure(case, shape, doc_lens, on, steps=arguments.steps))
+            print(f"{name}: {rounds[name][-1][0]:.4f} s", file=sys.stderr, flush=True)
     matmul, gpu = matmul_flops_per_s(on), gpu_of(machine()["device"])
     for name, case in cases.items():
         seconds = statistics.median(line[0] for line in rounds[name])
