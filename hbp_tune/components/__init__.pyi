@@ -130,6 +130,7 @@ from hbp_tune.components.reporting.profile_files import write_profile as write_p
 from hbp_tune.components.reporting.report import PlanReport as PlanReport
 from hbp_tune.components.reporting.run_log import read_run_log as read_run_log
 from hbp_tune.components.reporting.run_page import render_run_page as render_run_page
+from hbp_tune.components.reporting.run_table import RunTable as RunTable
 from hbp_tune.components.reporting.tables import print_groups as print_groups
 from hbp_tune.components.reporting.tables import print_lengths as print_lengths
 from hbp_tune.components.reporting.tables import print_metrics as print_metrics
@@ -160,7 +161,6 @@ from hbp_tune.components.training.progress import check_plan_hash as check_plan_
 from hbp_tune.components.training.progress_folder import set_aside as set_aside
 from hbp_tune.components.training.signals import StopSignals as StopSignals
 from hbp_tune.components.training.telemetry import StepTelemetry as StepTelemetry
-from hbp_tune.components.training.telemetry import progress_line as progress_line
 from hbp_tune.components.training.validation import Validator as Validator
 from hbp_tune.components.training.validation import describe_validation as describe_validation
 from hbp_tune.components.training.validation import plan_validation as plan_validation

@@ -25,7 +25,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtune import config, training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
-from tqdm import tqdm
 
 from hbp_tune.components import (
     AveTokenLoss,
@@ -43,6 +42,7 @@ from hbp_tune.components import (
     Position,
     ProgressSaver,
     RunIdentity,
+    RunTable,
     StepGuard,
     StepMetrics,
     StepTelemetry,
@@ -80,7 +80,6 @@ from hbp_tune.components import (
     plan_comparison,
     plan_validation,
     print_plan,
-    progress_line,
     read_plan,
     report_bad_rows,
     report_overlong,
@@ -209,8 +208,9 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         layouts = [x for group in self._groups for x in self._context_parallel.layouts(self._decoder.heads, group.cp_degree)]
         meshes = build_cp_meshes(layouts, self._device.type, timeout=self._timeout)
         self._switch = GroupSwitch(self._decoder.layers, meshes, self._attention, self._context_parallel)
+        self._steps = StepMetrics.joined(self._planned_steps, self._steps_per_epoch)
         self._telemetry = StepTelemetry(
-            StepMetrics.joined(self._planned_steps, self._steps_per_epoch),
+            self._steps,
             self._groups,
             shape=self._cost.shape,
             device=self._device,
@@ -399,7 +399,13 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         """Train; every optimizer step draws its packs from one group."""
         fsdp = cast(FSDPModule, self._model)
         total_steps = sum(self._steps_per_epoch)
-        pbar = tqdm(total=total_steps, initial=self.global_step, disable=not self._is_rank_zero)
+        self._table = RunTable(
+            self._groups,
+            self._steps.group,
+            world_size=self.world_size,
+            first_step=self.global_step,
+            is_shown=self._is_rank_zero,
+        )
         self._profiler.start()
         self._stop = StopSignals()
         for epoch in range(self.epoch, len(self._steps_per_epoch)):
@@ -434,27 +440,26 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
                 self.global_step += 1
                 self.epoch_step += 1
                 metrics["skipped_steps"] = self._guard.skipped_steps
-                self._log(metrics, batch.group.name, pbar)
+                self._log(metrics)
                 self._profiler.step()
                 self._validate_when_due()
                 is_due = self._save_every_n_steps and self.global_step % self._save_every_n_steps == 0
                 if is_due or record.stop:
                     self.save_progress()
                 if record.stop:
-                    self._end_early(total_steps, pbar)
+                    self._end_early(total_steps)
                     return
             self._progress.settle()
             self.save_checkpoint(epoch=epoch)
             self.epoch_step = 0
         self._profiler.stop()
-        pbar.close()
+        self._table.close()
         utils.log_rank_zero(
             log, f"Finished step {self.global_step} of {total_steps}; checkpoints are in {self._output_dir.resolve()}"
         )
 
-    def _log(self, metrics: dict[str, Any], group: str, pbar: tqdm) -> None:
-        pbar.update(1)
-        pbar.set_description(f"{self.epoch + 1}|{self.global_step}|{progress_line(metrics, group)}")
+    def _log(self, metrics: dict[str, Any]) -> None:
+        self._table.update(metrics)
         if self._metric_logger is None or self.global_step % self._log_every_n_steps:
             return
         if self._log_peak_memory_stats:
@@ -468,16 +473,15 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         if self._validator is None or not is_due:
             return
         metrics = self._validator.run(self._model, self._switch, self._device)
-        if self._is_rank_zero:
-            tqdm.write(describe_validation(self.global_step, metrics))  # on a line of its own, above the progress bar
+        self._table.say(describe_validation(self.global_step, metrics))
         if self._metric_logger:
             self._metric_logger.log_dict(metrics, step=self.global_step)
 
-    def _end_early(self, total_steps: int, pbar: tqdm) -> None:
+    def _end_early(self, total_steps: int) -> None:
         """End a run that was asked to stop; its progress is saved."""
         self._progress.settle(is_last=True)
         self._profiler.stop()
-        pbar.close()
+        self._table.close()
         utils.log_rank_zero(
             log,
             f"Stopped by a signal after step {self.global_step} of {total_steps}; progress is in {self._progress.newest()}. "

@@ -16,7 +16,6 @@ from hbp_tune.components import (
     compile_layers,
     make_checkpointable,
     peak_flops_per_s,
-    progress_line,
 )
 from hbp_tune.components.parallel.activation_checkpoint import set_ac_layers
 from hbp_tune.components.training.busy import CpuTimeClock
@@ -225,12 +224,3 @@ def test_peaks_by_name(monkeypatch: pytest.MonkeyPatch, name: str, peak: float |
     assert peak_flops_per_s(torch.device("cuda:0"), torch.bfloat16) == peak
     assert peak_flops_per_s(torch.device("cuda:0"), torch.float32) is None
     assert peak_flops_per_s(CPU, torch.bfloat16) is None
-
-
-def test_the_progress_bar_in_words() -> None:
-    metrics = {"loss": 1.25, "tokens_per_second_per_gpu": 12345.6}
-    assert progress_line(metrics, "short") == "loss 1.2500|short|12,346 tokens/s/rank"
-    line = "loss 1.2500|short|12,346 tokens/s/rank|"
-    assert progress_line(metrics | {"time_left_s": 29.0}, "short") == line + "0:00 h left"
-    assert progress_line(metrics | {"time_left_s": 3599.0}, "short") == line + "1:00 h left"
-    assert progress_line(metrics | {"time_left_s": 26 * 3600 + 63}, "short") == line + "26:01 h left"

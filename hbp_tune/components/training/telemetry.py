@@ -169,12 +169,3 @@ class StepTelemetry:
         if (time_left_s := self._time_left.after_s(step)) is not None:
             metrics["time_left_s"] = time_left_s
         return metrics | self._latest
-
-
-def progress_line(metrics: dict[str, float], group: str) -> str:
-    """Say in a few words how a step went, for the progress bar: ``loss 1.2345|short|6,789 tokens/s/rank|0:12 h left``."""
-    line = f"loss {metrics['loss']:.4f}|{group}|{metrics['tokens_per_second_per_gpu']:,.0f} tokens/s/rank"
-    if "time_left_s" not in metrics:
-        return line
-    hours, minutes = divmod(round(metrics["time_left_s"] / 60), 60)
-    return f"{line}|{hours}:{minutes:02} h left"
