@@ -19,6 +19,7 @@ from torchtune._cli.run import Run  # noqa: E402
 
 from hbp_tune.cli.convert import add_convert  # noqa: E402
 from hbp_tune.cli.doctor import add_doctor  # noqa: E402
+from hbp_tune.cli.evaluate import add_eval  # noqa: E402
 from hbp_tune.cli.registry import PLAN, PROFILE, TRAIN, register  # noqa: E402
 from hbp_tune.cli.report import add_report  # noqa: E402
 from hbp_tune.cli.validate import add_validate  # noqa: E402
@@ -39,6 +40,7 @@ From nothing to a trained model:
                                          measure, and choose packing groups
   hbp run --nproc_per_node 8 {TRAIN} --config NAME
   hbp report OUTPUT_DIR                  a page about a run
+  hbp eval NAME                          evaluate its checkpoint (lm-eval)
 
 To change a recipe or configuration, copy it. Copies run with plain `tune run`:
 
@@ -62,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_profile(commands)
     add_report(commands)
+    add_eval(commands)
     commands.add_parser("demo", prog="hbp demo", help="Make a small data set, tokenizer and model to try things on.")
     add_convert(commands)
     add_doctor(commands)

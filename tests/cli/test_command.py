@@ -77,7 +77,21 @@ def test_help_teaches_hbp(command: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_help_of_all_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     out = capsys.readouterr().out
-    for command in ("download", "ls", "cp", "cat", "run", "validate", "plan", "profile", "report", "demo", "convert", "doctor"):
+    for command in (
+        "download",
+        "ls",
+        "cp",
+        "cat",
+        "run",
+        "validate",
+        "plan",
+        "profile",
+        "report",
+        "eval",
+        "demo",
+        "convert",
+        "doctor",
+    ):
         assert f"\n    {command}" in out
     assert max(map(len, out.splitlines())) <= 80, "on a terminal of 80 columns"
 
