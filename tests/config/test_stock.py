@@ -318,3 +318,9 @@ def test_missing_files_of_the_tokenizer(tmp_path: Path) -> None:
     assert missing({"_component_": "t", "path": away, "tokenizer_json_path": "none.json"}) == [away, "none.json"]
     assert missing({"_component_": "t", "prompt_template": "no.such.file"}) == []
     assert missing("t") == []
+
+
+def test_a_whole_component_on_the_command_line_is_refused_with_the_way_to_write_it() -> None:
+    model = OmegaConf.create({"_component_": {"_component_": "torchtune.models.llama3_1.llama3_1", "num_layers": 2}})
+    with pytest.raises(ConfigError, match=r"model=\{\.\.\.\} cannot .*; write model=torchtune.models.llama3_1.llama3_1 mod"):
+        check_config(settings(model=model))

@@ -99,6 +99,9 @@ def merge_list_overrides(arguments: list[str], path: Path) -> list[str]:
 def _silence_known_noise() -> None:
     """Keep back what libraries say at every start, on every rank, and no user can act on."""
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 under torch 2.13
+    # Only GPU runs see these: torchtune's RMSNorm keeps its input in fp32 beside bf16 weights, and every rank has one device.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     # DTensor on gloo exchanges shards by all-gather; only CPU runs see this.
     logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
 

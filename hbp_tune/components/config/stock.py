@@ -124,6 +124,13 @@ def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> 
     for key in required:
         if cfg.get(key) is None:
             raise ConfigError(f"config key {key!r} is missing")
+    for key, node in cfg.items():
+        # torchtune's parser reads key={...} as key._component_={...} where the file has a component.
+        if hasattr(node, "keys") and hasattr(node.get("_component_"), "keys"):
+            name = node["_component_"].get("_component_", "NAME")
+            raise ConfigError(
+                f"{key}={{...}} cannot replace a component on the command line; write {key}={name} {key}.argument=value ..."
+            )
     for key, least in _COUNTS.items():
         value = cfg.get(key)
         if value is not None and (not isinstance(value, int) or value < least):
