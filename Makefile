@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow docs bench-multigpu clean
+.PHONY: help quickstart test test-slow docs bench bench-multigpu clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -25,6 +25,9 @@ test: $(VENV)/.installed ## Lint, types, import contracts and all tests that are
 test-slow: $(VENV)/.installed ## All of `make test`, and the slow tests
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check --slow
 
+bench: $(VENV)/.installed ## Run every benchmark small on this machine's CPU, a quarter of an hour, into bench_report/index.html
+	$(BIN)/python benchmarks/bench_all.py
+
 bench-multigpu: $(VENV)/.installed ## Time context parallelism and training steps on all GPUs of this machine, under 15 minutes
 	$(BIN)/torchrun --standalone --nproc_per_node auto benchmarks/bench_multigpu.py
 
@@ -32,4 +35,4 @@ docs: $(VENV)/.installed ## Build the documentation into site/, with warnings as
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean: ## Remove the environment, the demo and its runs
-	rm -rf $(VENV) site hbp_demo hbp_runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) site hbp_demo hbp_runs bench_report .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

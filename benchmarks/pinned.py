@@ -1,4 +1,4 @@
-"""Real training of the demo on two gloo ranks, each bound to a core: nobody lends a waiting rank's core to a busy one."""
+"""Real training of the demo on gloo ranks, each bound to a core: nobody lends a waiting rank's core to a busy one. Or on GPUs."""
 
 import os
 import subprocess
@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from hbp_tune.components import CostModel, PackingGroup, fit_rates, starting_rates
 from hbp_tune.recipes import hbp_full_finetune_distributed as training_recipe
-from hbp_tune.recipes.hbp_profile_groups import HBPProfileGroupsRecipe
+from hbp_tune.recipes.hbp_profile_groups import TYPICAL_LENS, HBPProfileGroupsRecipe, typical_docs
 
 ROOT = Path(__file__).parents[1]
 # Planner settings of one-length packing.
@@ -35,6 +36,8 @@ class Recorder:
 
     def stop(self) -> None:
         """End it."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.wall_s.append(time.perf_counter() - self._start_s)
         self._clock.stop()
 
@@ -46,16 +49,17 @@ class Recorder:
 
 
 def is_rank() -> bool:
-    """Tell whether this process is one of the ranks; if so, it is bound to its core from now on."""
+    """Tell whether this process is one of the ranks; if so, and without GPUs, it is bound to its core from now on."""
     if "LOCAL_RANK" not in os.environ:
         return False
-    os.sched_setaffinity(0, {int(os.environ["LOCAL_RANK"])})
+    if not torch.cuda.is_available():
+        os.sched_setaffinity(0, {int(os.environ["LOCAL_RANK"])})
     return True
 
 
-def start_ranks(file: str) -> None:
-    """Start this script again as two ranks of one thread each."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def start_ranks(file: str, ranks: int = 2) -> None:
+    """Start this script again as ranks of one thread each."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     subprocess.run([*command, file, *sys.argv[1:]], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
 
@@ -76,6 +80,17 @@ def profile(cfg: DictConfig) -> tuple[HBPProfileGroupsRecipe, list[PackingGroup]
     fitting = profiler.profile()
     fitted = fit_rates(profiler._shape, profiler._profile.measurements, starting_rates(profiler._device))
     return profiler, fitting, CostModel(profiler._shape, fitted.rates), fitted.rms_error
+
+
+def profile_of(cfg: DictConfig, groups: Sequence[PackingGroup]) -> tuple[CostModel, float]:
+    """Measure these groups alone; give the cost model fitted to them, and the fit's error."""
+    profiler = HBPProfileGroupsRecipe(cfg)
+    profiler.setup(cfg)
+    for group in groups:
+        for doc_lens in ((group.pack_len,), *(typical_docs(group.pack_len, doc_len) for doc_len in TYPICAL_LENS)):
+            profiler._measure(group, doc_lens)
+    fitted = fit_rates(profiler._shape, profiler._profile.measurements, starting_rates(profiler._device))
+    return CostModel(profiler._shape, fitted.rates), fitted.rms_error
 
 
 def recorded_recipe(cfg: DictConfig) -> tuple[Any, Recorder]:
