@@ -24,18 +24,18 @@ pytestmark = pytest.mark.slow
 
 
 def shrink(path: Path, demo: Path, *, plans_only: bool = False) -> None:
-    """Take model and tokenizer from the demo's; where it trains, make groups and steps smaller."""
+    """Take the demo's tokenizer and data, and, where it trains, the demo's model and smaller groups and steps."""
     cfg: Any = OmegaConf.load(path)
     tiny: Any = OmegaConf.load(packaged_configs()["demo/tiny_llama_cpu"])
-    for key in ("model", "tokenizer", "optimizer"):
-        cfg[key] = tiny[key]
-    cfg.demo_dir = str(demo)
-    cfg.checkpointer = OmegaConf.merge(tiny.checkpointer, {"output_dir": "${output_dir}"})
-    cfg.device, cfg.dtype = "cpu", "fp32"
-    for group in cfg.groups if not plans_only else ():
-        group.pack_len, group.cp_degree, group.ac_layers = group.pack_len // 64, min(group.cp_degree, 2), min(group.ac_layers, 2)
+    cfg.demo_dir, cfg.tokenizer, cfg.dataset = str(demo), tiny.tokenizer, tiny.dataset
     if not plans_only:
+        cfg.model, cfg.optimizer = tiny.model, tiny.optimizer
+        cfg.checkpointer = OmegaConf.merge(tiny.checkpointer, {"output_dir": "${output_dir}"})
+        for group in cfg.groups:
+            group.ac_layers = min(group.ac_layers, 2)
+            group.pack_len, group.cp_degree = group.pack_len // 64, min(group.cp_degree, 2)
         cfg.planner.tokens_per_step, cfg.max_steps, cfg.num_workers = 4096, 2, 0
+        cfg.device, cfg.dtype = "cpu", "fp32"
     OmegaConf.save(cfg, path)
 
 

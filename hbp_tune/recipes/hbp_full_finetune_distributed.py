@@ -381,8 +381,9 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         utils.log_rank_zero(log, f"Resuming after step {self.global_step} of {total_steps}")
 
     def _setup_profiler(self, cfg: DictConfig) -> Any:
-        node = cfg.get(training.PROFILER_KEY) or {"enabled": False}
-        node = cast(DictConfig, OmegaConf.merge({"_component_": "torchtune.training.setup_torch_profiler"}, node))
+        node = cfg.get(training.PROFILER_KEY) or OmegaConf.create({"enabled": False})
+        if "_component_" not in node:  # added to the node, which knows the file that its interpolations are of
+            node = cast(DictConfig, OmegaConf.merge(node, {"_component_": "torchtune.training.setup_torch_profiler"}))
         profiler, _ = build("profiler", node)
         return profiler
 

@@ -89,3 +89,11 @@ def test_what_is_logged_at_each_step(ranks: Callable[[int], RankPool], tmp_path:
     trained = {"step", "loss", "lr", "grad_norm", "tokens_per_second_per_gpu", "num_tokens", "pack_len", "cp_degree"}
     assert trained | {"skipped_steps"} <= step.keys()
     assert step["tokens_per_second_per_gpu"] > 0
+
+
+def test_a_profiler_as_torchtunes_configurations_have_it(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    """Its folder is named by another key of the file."""
+    profiler = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False, "output_dir": "${output_dir}/traces"}
+    for node in (profiler, {"enabled": False, "output_dir": "${output_dir}/traces"}):
+        cfg = recipe_config(tmp_path, LENGTHS, GROUPS, max_steps=1, profiler=node)
+        assert len(ranks(2).run(run_recipe_job, cfg)[0]) == 1
