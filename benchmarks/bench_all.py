@@ -163,11 +163,18 @@ def tables(lines: Iterable[dict[str, Any]]) -> list[str]:
         by_keys.setdefault(tuple(line), []).append(line)
     return [
         table(
-            (f"<th>{escape(key)}</th>" for key in keys),
-            ("<tr>" + "".join(f"<td>{escape(_write(line[key]))}</td>" for key in keys) + "</tr>" for line in same),
+            (f"<th{_kind(same[0][key])}>{escape(key)}</th>" for key in keys),
+            (
+                "<tr>" + "".join(f"<td{_kind(line[key])}>{escape(_write(line[key]))}</td>" for key in keys) + "</tr>"
+                for line in same
+            ),
         )
         for keys, same in by_keys.items()
     ]
+
+
+def _kind(value: Any) -> str:
+    return ' class="text"' if isinstance(value, str) else ""
 
 
 def _write(value: Any) -> str:
@@ -175,6 +182,8 @@ def _write(value: Any) -> str:
         return "; ".join(f"{key} {_write(inner)}" for key, inner in value.items())
     if isinstance(value, list):
         return ", ".join(map(_write, value))
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import bench_all
 from benchmarks.measuring import attention_flops, mixed_doc_lens, step_flops
 from hbp_tune.components import CostModel
 from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER
@@ -89,3 +90,30 @@ def test_data_at_a_small_scale(tmp_path: Path) -> None:
     assert [line["rows"] for line in lines[1:5]] == [2000] * 4
     assert lines[3]["setup_data_s"] < lines[1]["setup_data_s"]
     assert all(0 < line["data_wait_ratio"] < 1 for line in lines[1:5])
+
+
+@pytest.mark.slow
+def test_one_page_of_benchmarks(tmp_path: Path) -> None:
+    output = run("benchmarks/bench_all.py", "--dir", str(tmp_path), "--only", "attention,memory")
+    assert "attention ... done" in output
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<table>") > 5
+    assert "both_ms" in page
+    assert "sdpa per document" in (tmp_path / "attention.txt").read_text()
+
+
+def test_a_benchmark_that_fails_is_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = bench_all.Benchmark(title="Nothing", script="bench_planning.py --lengths missing.csv", bar="plan_s")
+    monkeypatch.setitem(bench_all.BENCHMARKS, "broken", broken)
+    monkeypatch.setattr(sys, "argv", ["bench_all.py", "--dir", str(tmp_path), "--only", "broken"])
+    with pytest.raises(SystemExit, match="failed: broken"):
+        bench_all.main()
+    assert "It failed" in (tmp_path / "index.html").read_text()
+
+
+def test_lines_with_the_same_figures_share_a_table() -> None:
+    lines = [{"case": "a", "s": 0.12345}, {"case": "b", "s": 12345.6}, {"other": {"x": 1, "y": [2, 3]}}]
+    first, second = bench_all.tables(lines)
+    assert "0.1235" in first
+    assert "12,346" in first
+    assert "x 1; y 2, 3" in second
