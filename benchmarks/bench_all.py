@@ -86,14 +86,14 @@ BENCHMARKS = {
         name=("plan",),
     ),
     "end_to_end": Benchmark(
-        title="Seconds of an epoch's forwards and backwards, two pinned ranks, samples up to 1,000 tokens",
-        script="bench_end_to_end.py --demo {demo} --work {dir} --rounds 2 --layers 2 --short 256 --long 1024",
+        title="Seconds of an epoch's forwards and backwards, two pinned ranks, samples up to 2,000 tokens",
+        script="bench_end_to_end.py --demo {demo} --work {dir} --rounds 2 --layers 2 --short 512 --long 2048",
         bar="wall_epoch_s",
         name=("case", "round"),
     ),
     "profile": Benchmark(
         title="Seconds of an epoch with groups that a profile chose, and with others",
-        script="bench_profile.py --demo {demo} --work {dir} --repeats 1 profile.repeats=2",
+        script="bench_profile.py --demo {demo} --work {dir} --repeats 1 --short 512 --long 2048 profile.repeats=2",
         bar="epoch_s",
     ),
     "memory": Benchmark(title="GPU memory of Llama 3.1 8B, by the memory model", script="bench_memory.py"),
@@ -209,7 +209,7 @@ def main() -> None:
     directory = arguments.dir.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     if any("{demo}" in BENCHMARKS[name].script for name in names):
-        demo = [sys.executable, "-m", "hbp_tune.demo", "--dir", str(directory / "demo"), "--max-tokens", "1000"]
+        demo = [sys.executable, "-m", "hbp_tune.demo", "--dir", str(directory / "demo"), "--max-tokens", "2000"]
         subprocess.run(demo, check=True, stdout=subprocess.DEVNULL)
     sections, failed = [], []
     for name in names:

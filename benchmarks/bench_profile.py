@@ -22,25 +22,29 @@ from pinned import ISF, demo_config, is_rank, profile, recorded_recipe, start_ra
 from hbp_tune.components import PackingGroup, groups_of, length_name
 from hbp_tune.components.planning.simulation import PackWork, simulate
 
-HAND_MADE = {
-    "2K alone, 8K over 2": [(2048, 1), (8192, 2)],
-    "4K alone, 8K over 2": [(4096, 1), (8192, 2)],
-    "2K and 8K alone": [(2048, 1), (8192, 1)],
-}
-ONE_LENGTH = {"isf, one length over 2": (8192, 2), "isf, one length": (8192, 1)}
-TOKENS_PER_STEP = 32_768
 COMMON = [
     "dataset_val=null",
     "run_val_every_n_steps=null",
     "save_every_n_steps=null",
     "curriculum.steps=0",
-    f"planner.tokens_per_step={TOKENS_PER_STEP}",
 ]
+
+
+def hand_made(short: int, long: int) -> dict[str, list[tuple[int, int]]]:
+    """Name sets of pack lengths and CP degrees: short ones alone, long ones over both ranks or alone."""
+    names = [length_name(length) for length in (short, 2 * short, long)]
+    return {
+        f"{names[0]} alone, {names[2]} over 2": [(short, 1), (long, 2)],
+        f"{names[1]} alone, {names[2]} over 2": [(2 * short, 1), (long, 2)],
+        f"{names[0]} and {names[2]} alone": [(short, 1), (long, 1)],
+    }
 
 
 def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """Profile, then train every case in this process group."""
-    base = demo_config(arguments.demo, arguments.work, [*COMMON, *overrides])
+    sizes = [f"planner.tokens_per_step={4 * arguments.long}", f"profile.shortest={arguments.short}"]
+    base = demo_config(arguments.demo, arguments.work, [*COMMON, *sizes, *overrides])
+    one_length = {"isf, one length over 2": (arguments.long, 2), "isf, one length": (arguments.long, 1)}
     base.dataset_val = None
     profiler, fitting, cost, rms_error = profile(base)
     profiler.choose(fitting)
@@ -48,8 +52,8 @@ def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
     dist.barrier()
     chosen = groups_of(OmegaConf.create({"groups_file": str(arguments.work / "groups.yaml")}))
     cases: dict[str, tuple[tuple[PackingGroup, ...], dict[str, Any]]] = {"chosen": (chosen, {})}
-    cases |= {name: (tuple(layers[key] for key in keys), {}) for name, keys in HAND_MADE.items()}
-    cases |= {name: ((layers[key],), ISF) for name, key in ONE_LENGTH.items()}
+    cases |= {name: (tuple(layers[key] for key in keys), {}) for name, keys in hand_made(arguments.short, arguments.long).items()}
+    cases |= {name: ((layers[key],), ISF) for name, key in one_length.items()}
 
     def train(name: str, repeat: int) -> dict[str, Any]:
         groups, planner = cases[name]
@@ -91,6 +95,8 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, required=True, help="folder that `python -m hbp_tune.demo --dir` made")
     parser.add_argument("--work", type=Path, required=True, help="folder for the profile and the runs")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--short", type=int, default=2048, help="tokens of the shortest packs (default: %(default)s)")
+    parser.add_argument("--long", type=int, default=8192, help="tokens of packs that hold every sample (default: %(default)s)")
     arguments, overrides = parser.parse_known_args()
     if is_rank():
         rank_main(arguments, overrides)
