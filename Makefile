@@ -25,7 +25,7 @@ test: $(VENV)/.installed ## Lint, types, import contracts and all tests that are
 test-slow: $(VENV)/.installed ## All of `make test`, and the slow tests
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check --slow
 
-bench: $(VENV)/.installed ## Run every benchmark small on this machine's CPU, a quarter of an hour, into bench_report/index.html
+bench: $(VENV)/.installed ## Run every benchmark small on this machine's CPU, some twenty minutes, into bench_report/index.html
 	$(BIN)/python benchmarks/bench_all.py
 
 bench-multigpu: $(VENV)/.installed ## Time context parallelism and training steps on all GPUs of this machine, under 15 minutes

@@ -1,6 +1,6 @@
 """Every benchmark once, small, on this machine's CPU: one page with tables and pictures, and what each printed.
 
-    make bench                                     # a quarter of an hour on two cores; bench_report/index.html
+    make bench                                     # some twenty minutes on two cores; bench_report/index.html
     python benchmarks/bench_all.py --dir DIR --only attention,step
 
 A benchmark that fails is on the page with its last words, and the exit status is 1. The machine should do nothing else: what is
@@ -86,14 +86,14 @@ BENCHMARKS = {
         name=("plan",),
     ),
     "end_to_end": Benchmark(
-        title="Seconds of an epoch's forwards and backwards, two pinned ranks, samples up to 2,000 tokens",
-        script="bench_end_to_end.py --demo {demo} --work {dir} --rounds 2 --layers 2 --short 512 --long 2048",
+        title="Seconds of an epoch's forwards and backwards, two pinned ranks, samples up to 4,000 tokens",
+        script="bench_end_to_end.py --demo {demo} --work {dir} --rounds 1 --layers 2 --short 512 --long 4096",
         bar="wall_epoch_s",
         name=("case", "round"),
     ),
     "profile": Benchmark(
         title="Seconds of an epoch with groups that a profile chose, and with others",
-        script="bench_profile.py --demo {demo} --work {dir} --repeats 1 --short 512 --long 2048 profile.repeats=2",
+        script="bench_profile.py --demo {demo} --work {dir} --repeats 1 --short 1024 --long 4096 profile.repeats=1",
         bar="epoch_s",
     ),
     "memory": Benchmark(title="GPU memory of Llama 3.1 8B, by the memory model", script="bench_memory.py"),
@@ -209,7 +209,7 @@ def main() -> None:
     directory = arguments.dir.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     if any("{demo}" in BENCHMARKS[name].script for name in names):
-        demo = [sys.executable, "-m", "hbp_tune.demo", "--dir", str(directory / "demo"), "--max-tokens", "2000"]
+        demo = [sys.executable, "-m", "hbp_tune.demo", "--dir", str(directory / "demo"), "--max-tokens", "4000"]
         subprocess.run(demo, check=True, stdout=subprocess.DEVNULL)
     sections, failed = [], []
     for name in names:
