@@ -71,11 +71,11 @@ def evaluation_of(cfg: DictConfig, checkpoint: Path) -> DictConfig:
     files = sorted(path.name for path in checkpoint.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"{checkpoint} holds no *.safetensors")
-    checkpointer = OmegaConf.merge(cfg.checkpointer, {"checkpoint_dir": str(checkpoint), "checkpoint_files": files})
+    source = {"checkpoint_dir": str(checkpoint), "checkpoint_files": files, "recipe_checkpoint": None}
     settings = {
         "output_dir": str(cfg.output_dir),
         "model": cfg.model,
-        "checkpointer": OmegaConf.merge(checkpointer, {"output_dir": str(cfg.output_dir), "recipe_checkpoint": None}),
+        "checkpointer": OmegaConf.merge(cfg.checkpointer, source, {"output_dir": str(cfg.output_dir)}),
         "tokenizer": cfg.tokenizer,
         "device": cfg.device,
         "dtype": cfg.get("compute_dtype") or cfg.dtype,

@@ -324,3 +324,7 @@ def test_a_whole_component_on_the_command_line_is_refused_with_the_way_to_write_
     model = OmegaConf.create({"_component_": {"_component_": "torchtune.models.llama3_1.llama3_1", "num_layers": 2}})
     with pytest.raises(ConfigError, match=r"model=\{\.\.\.\} cannot .*; write model=torchtune.models.llama3_1.llama3_1 mod"):
         check_config(settings(model=model))
+
+
+def test_a_value_of_ones_own_may_refer_to_what_is_not_there() -> None:
+    check_config(settings(mine="${not.there}"))

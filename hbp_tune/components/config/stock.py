@@ -5,6 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from hbp_tune.components.config.sources import dataset_nodes
 from hbp_tune.components.planning.errors import ConfigError
 
@@ -124,9 +126,10 @@ def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> 
     for key in required:
         if cfg.get(key) is None:
             raise ConfigError(f"config key {key!r} is missing")
-    for key, node in cfg.items():
+    plain: Any = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else cfg  # what a key refers to is not asked for yet
+    for key, node in plain.items():
         # torchtune's parser reads key={...} as key._component_={...} where the file has a component.
-        if hasattr(node, "keys") and hasattr(node.get("_component_"), "keys"):
+        if isinstance(node, dict) and isinstance(node.get("_component_"), dict):
             name = node["_component_"].get("_component_", "NAME")
             raise ConfigError(
                 f"{key}={{...}} cannot replace a component on the command line; write {key}={name} {key}.argument=value ..."
