@@ -40,14 +40,12 @@ class Benchmark:
         script: in this folder, and its arguments; ``{dir}`` is a folder of its own, ``{demo}`` the demo's.
         bar: figure that is drawn, from lines that have it; nothing for pages in markdown.
         name: keys that name such a line, joined.
-        threads: of torch; one for each rank where there are two.
     """
 
     title: str
     script: str
     bar: str | None = None
     name: tuple[str, ...] = ("case",)
-    threads: int = 1
 
 
 BENCHMARKS = {
@@ -117,7 +115,7 @@ def run(name: str, benchmark: Benchmark, directory: Path) -> Outcome:
     work = directory / "work" / name
     work.mkdir(parents=True, exist_ok=True)
     script, *arguments = benchmark.script.format(dir=work, demo=directory / "demo").split()
-    on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(benchmark.threads)}
+    on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
     started_s = time.monotonic()
     result = subprocess.run(command, env=on_cpu, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -77,9 +77,7 @@ def profile(cfg: DictConfig) -> tuple[HBPProfileGroupsRecipe, list[PackingGroup]
     """Profile this machine; give the profiler, what fits, the cost model fitted to it, and the fit's error."""
     profiler = HBPProfileGroupsRecipe(cfg)
     profiler.setup(cfg)
-    fitting = profiler.profile()
-    fitted = fit_rates(profiler._shape, profiler._profile.measurements, starting_rates(profiler._device))
-    return profiler, fitting, CostModel(profiler._shape, fitted.rates), fitted.rms_error
+    return profiler, profiler.profile(), *_fitted(profiler)
 
 
 def profile_of(cfg: DictConfig, groups: Sequence[PackingGroup]) -> tuple[CostModel, float]:
@@ -89,6 +87,10 @@ def profile_of(cfg: DictConfig, groups: Sequence[PackingGroup]) -> tuple[CostMod
     for group in groups:
         for doc_lens in ((group.pack_len,), *(typical_docs(group.pack_len, doc_len) for doc_len in TYPICAL_LENS)):
             profiler._measure(group, doc_lens)
+    return _fitted(profiler)
+
+
+def _fitted(profiler: HBPProfileGroupsRecipe) -> tuple[CostModel, float]:
     fitted = fit_rates(profiler._shape, profiler._profile.measurements, starting_rates(profiler._device))
     return CostModel(profiler._shape, fitted.rates), fitted.rms_error
 

@@ -62,7 +62,8 @@ class RunTable:
         self._started_s = self._line_s = time.monotonic()
         self._left_s: float | None = None
         self._live: Live | None = None
-        self._streams: list[tuple[logging.StreamHandler, object]] = []
+        self._planned = np.bincount(group_of_step[first_step:], minlength=len(groups))
+        self._handlers: list[logging.StreamHandler] = []  # of logs, while they write through the table
         if is_shown and self._console.is_terminal and not self._console.is_dumb_terminal:
             self._go_live()
 
@@ -96,8 +97,8 @@ class RunTable:
         if self._live:
             self._live.stop()
             atexit.unregister(self._live.stop)
-            for handler, stream in self._streams:
-                handler.setStream(stream)  # type: ignore[arg-type]
+            for handler in self._handlers:
+                handler.setStream(sys.stderr)
         elif self._is_shown and self._step > self._first_step:
             self._console.print(self._table())
         self._is_shown, self._live = False, None
@@ -113,7 +114,7 @@ class RunTable:
         for logger in (logging.root, *loggers):
             for handler in logger.handlers:
                 if isinstance(handler, logging.StreamHandler) and handler.stream is before:
-                    self._streams.append((handler, handler.stream))
+                    self._handlers.append(handler)
                     handler.setStream(sys.stderr)
 
     def _is_line_due(self) -> bool:
@@ -129,8 +130,8 @@ class RunTable:
             table.add_column(name, justify="left" if name == "group" else "right")
         seconds = sum(so_far.seconds for so_far in self._so_far)
         for index, (group, so_far) in enumerate(zip(self._groups, self._so_far, strict=True)):
-            planned = np.count_nonzero(self._group_of_step[self._first_step :] == index)
-            row = [group.name, f"{group.pack_len:,}", str(group.cp_degree), f"{so_far.steps:,} of {planned:,}"]
+            steps = f"{so_far.steps:,} of {self._planned[index]:,}"
+            row = [group.name, f"{group.pack_len:,}", str(group.cp_degree), steps]
             if so_far.steps:
                 row += [
                     f"{so_far.loss:.4f}",
