@@ -11,6 +11,7 @@ from hbp_tune.components.config.stock import setting as setting
 from hbp_tune.components.data.batch import PackBatch as PackBatch
 from hbp_tune.components.data.dataset import HierarchicalPackedDataset as HierarchicalPackedDataset
 from hbp_tune.components.data.dataset import pack_loader as pack_loader
+from hbp_tune.components.data.hf_tokenizer import HFTokenizer as HFTokenizer
 from hbp_tune.components.data.lengths import LENGTH_SUFFIXES as LENGTH_SUFFIXES
 from hbp_tune.components.data.lengths import read_lengths as read_lengths
 from hbp_tune.components.data.loading import estimate_data as estimate_data

@@ -1,0 +1,281 @@
+"""What a chat template makes of a conversation, and which characters of it the model generates.
+
+A template says how a conversation looks as a whole, and how its beginning looks to a model that is to go on: the prompt. What
+stands behind a turn's prompt, up to the end of the turn, is what the model generates there, whatever the template is like.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from typing import Any
+
+from hbp_tune.components.data.conversation import Conversation
+from hbp_tune.components.planning.errors import DataError
+
+_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_MARK = re.compile(r"{%(-?)\s*(end)?generation\s*(-?)%}")
+# Characters of a private use area, which no template and no text has for a purpose; see `_marked`.
+_MARKS = "\ue0f0\ue0f1"
+# What templates put before an answer without reasoning, or what is left of it where the prompt has its beginning.
+_EMPTY_REASONING = re.compile(r"\s*(?:<(\w+)>\s*</\1>|</think(?:ing)?>)\n*")
+_CLOSING_TAG = re.compile(r"\s*</\w+>\s*|\s*\[/THINK\]\s*")
+# So much of a message's end is looked for where a template renders the message in part.
+_TAIL = 32
+
+Message = Mapping[str, Any]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendering:
+    """A conversation as text.
+
+    Args:
+        text: all of it.
+        targets: the characters that the model generates, of trained messages.
+        turn_ends: where each message's turn ends.
+        notes: see `EncodedChat`.
+    """
+
+    text: str
+    targets: list[Span]
+    turn_ends: list[int]
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+class ChatTemplate:
+    """Renders conversations by one template.
+
+    Args:
+        tokenizer: of transformers, which renders.
+        source: the template, in Jinja.
+        variables: that the template reads, beside messages and tools.
+        today: what a template that states the date takes for today.
+        special_tokens: that end turns; whitespace behind them is the template's, not the model's.
+    """
+
+    def __init__(
+        self, tokenizer: Any, source: str, *, variables: Mapping[str, Any], today: date, special_tokens: Sequence[str]
+    ) -> None:
+        self._tokenizer = tokenizer
+        # A literal date: what is trained must not depend on the day, and ranks must agree around midnight.
+        self._source = _NOW.sub(lambda call: json.dumps(today.strftime(call[2])), source)
+        self._marked_source = _marked(self._source) if _MARK.search(source) else None
+        self._variables = variables
+        self._special = re.compile("|".join(re.escape(token) for token in special_tokens) or r"(?!)")
+        self.states_date = self._source != source
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Message] | None, *, is_prompt: bool = False) -> str:
+        """Render messages, with the beginning of an assistant's turn behind them where they are a prompt."""
+        return self._rendered(self._source, messages, tools, is_prompt)
+
+    def read(self, conversation: Conversation, *, reasoning: str, rewritten_turns: str) -> Iterator[Rendering]:
+        """Render a conversation, and find what the model generates of it.
+
+        Args:
+            conversation: with its trained messages.
+            reasoning: ``train`` or ``mask``: whether the assistant's reasoning is a target.
+            rewritten_turns: what becomes of trained assistant turns that the whole conversation shows otherwise than their own
+                prompts and ends do: ``mask`` leaves them out, ``train`` takes them as they are there, ``split`` gives a
+                rendering of the conversation up to each, in which it is the last turn.
+
+        Returns:
+            One rendering, or with ``split`` one for each rewritten turn behind it.
+
+        Raises:
+            DataError: the template refuses the conversation, or leaves out a part of it.
+        """  # noqa: DOC502 - the functions called here raise them
+        messages, tools = conversation.messages, conversation.tools
+        text = self.render(messages, tools)
+        contents = _find_contents(text, messages, tools)
+        limits = [start for start, _ in contents[1:]] + [len(text)]
+        ends = [self._turn_end(text, end, limit) for (_, end), limit in zip(contents, limits, strict=True)]
+        marks = self._generation_marks(conversation, text)
+        targets: list[Span] = []
+        notes: Counter[str] = Counter()
+        rewritten: list[int] = []
+        for index, message in enumerate(messages):
+            if not conversation.is_trained[index]:
+                continue
+            if message["role"] != "assistant":
+                targets.append((contents[index][0], ends[index]))
+                continue
+            span = marks[index] if marks else self._generated(conversation, index, text, notes)
+            if span is None:
+                rewritten.append(index)
+                if rewritten_turns == "train":
+                    targets.append((contents[index][0], ends[index]))
+                continue
+            ends[index] = span[1]
+            targets.append((self._answer_start(message, text, span, reasoning), ends[index]))
+        if rewritten and rewritten_turns == "mask":
+            notes["turns that the template rewrites once others follow; not trained, rewritten_turns=split trains each"] += len(
+                rewritten
+            )
+        if targets or not rewritten or rewritten_turns != "split":
+            yield Rendering(text=text, targets=targets, turn_ends=ends, notes=notes)
+        if rewritten_turns != "split":
+            return
+        for index in rewritten:
+            only_this = [i == index for i in range(index + 1)]
+            part = replace(conversation, messages=messages[: index + 1], is_trained=only_this)
+            yield from self.read(part, reasoning=reasoning, rewritten_turns="mask")
+
+    def _rendered(self, source: str, messages: Sequence[Message], tools: Sequence[Message] | None, is_prompt: bool) -> str:
+        """Render by one form of the template.
+
+        Raises:
+            DataError: the template refuses the messages.
+        """
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=source,
+                add_generation_prompt=is_prompt,
+                tokenize=False,
+                **self._variables,
+            )
+        except Exception as error:  # a template is a program, which may fail in any way
+            raise DataError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+        return text
+
+    def _generation_marks(self, conversation: Conversation, text: str) -> dict[int, Span] | None:
+        """Give what the template itself marks as generated, a span for each assistant message; None where it does not."""
+        if self._marked_source is None:
+            return None
+        marked = self._rendered(self._marked_source, conversation.messages, conversation.tools, False)
+        spans, start = [], 0
+        for num_before, mark in enumerate(re.finditer(f"[{_MARKS}]", marked)):
+            place = mark.start() - num_before
+            if mark[0] == _MARKS[0]:
+                start = place
+            else:
+                spans.append((start, place))
+        indices = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        if re.sub(f"[{_MARKS}]", "", marked) != text or len(spans) != len(indices):
+            return None
+        return dict(zip(indices, spans, strict=True))
+
+    def _generated(self, conversation: Conversation, index: int, text: str, notes: Counter[str]) -> Span | None:
+        """Find what the model generates of one assistant turn; None where the whole conversation shows something else.
+
+        Raises:
+            DataError: so it is in the last turn, which nothing follows that could change it.
+        """
+        before, tools = conversation.messages[:index], conversation.tools
+        is_last = index == len(conversation.messages) - 1
+        prompt = self.render(before, tools, is_prompt=True)
+        start = len(prompt)
+        if not text.startswith(prompt):
+            history = self.render(before, tools)
+            start = _num_common(prompt, text)
+            if start < len(history):
+                if is_last:
+                    raise DataError("the chat template shows the last turn otherwise than behind its own prompt")
+                return None
+            notes["turns rendered without what their prompt ends with; trained as rendered"] += 1
+        if is_last:
+            return start, self._trimmed(text, start, len(text))
+        whole = self.render(conversation.messages[: index + 1], tools)
+        end = _num_common(whole, text)
+        # A template may close the last turn of a conversation by a token that other turns do not have.
+        if self._special.sub("", whole[end:]).strip():
+            return None
+        return start, self._trimmed(text, start, end)
+
+    def _answer_start(self, message: Message, text: str, span: Span, reasoning: str) -> int:
+        """Leave out an empty place for reasoning, and reasoning that is not trained.
+
+        Raises:
+            DataError: the template leaves out the reasoning.
+        """
+        start, end = span
+        thought = message.get("reasoning_content")
+        if thought is None or not thought.strip():
+            empty = _EMPTY_REASONING.match(text, start, end)
+            return empty.end() if empty and (empty[1] or text[:start].rstrip().endswith("<think>")) else start
+        place = text.find(thought.strip(), start, end)
+        if place < 0:
+            raise DataError("the chat template does not render reasoning_content; set reasoning=drop to leave it out")
+        if reasoning == "train":
+            return start
+        stop = place + len(thought.strip())
+        closing = _CLOSING_TAG.match(text, stop, end)
+        return closing.end() if closing else stop
+
+    def _turn_end(self, text: str, end: int, limit: int) -> int:
+        """Give the end of the first special token between a message and the next one, or the message's own end."""
+        token = self._special.search(text, end, max(end, limit))
+        return token.end() if token else end
+
+    def _trimmed(self, text: str, start: int, end: int) -> int:
+        """Give a turn's end without the whitespace behind its last token, which the template puts there once it has ended."""
+        stripped = text[start:end].rstrip()
+        tokens = list(self._special.finditer(stripped))
+        return start + len(stripped) if tokens and tokens[-1].end() == len(stripped) else end
+
+
+def _marked(source: str) -> str:
+    """Let a template write a character where ``{% generation %}`` begins, and another where it ends."""
+
+    def block(tag: re.Match[str]) -> str:
+        mark = _MARKS[1 if tag[2] else 0]
+        # In an if block, which takes the newline behind it along as any block does.
+        return f'{{%{tag[1]} if true %}}{{{{ "{mark}" }}}}{{% endif {tag[3]}%}}'
+
+    return _MARK.sub(block, source)
+
+
+def _num_common(first: str, second: str) -> int:
+    """Count the characters that two texts begin with alike, by halves: a loop over characters takes a hundred times as long."""
+    if second.startswith(first):
+        return len(first)
+    common, differs = 0, min(len(first), len(second)) + 1
+    while differs - common > 1:
+        middle = (common + differs) // 2
+        if first[common:middle] == second[common:middle]:
+            common = middle
+        else:
+            differs = middle
+    return common
+
+
+def _find_contents(text: str, messages: Sequence[Message], tools: Sequence[Message] | None) -> list[Span]:
+    """Find each message in a conversation's text, one behind the other where the template keeps their order.
+
+    Raises:
+        DataError: a message, a call or the tools are not there: the template does not render them.
+    """
+    spans: list[Span] = []
+    place = 0
+    for index, message in enumerate(messages):
+        content = (message.get("content") or "").strip()
+        span = _find(text, content, place) if content else (place, place)
+        if span is None:
+            raise DataError(f"the chat template does not render the content of message {index} ({message['role']})")
+        for call in message.get("tool_calls") or ():
+            name = call["function"]["name"]
+            if (found := text.find(name, span[0])) < 0:
+                raise DataError(f"the chat template does not render the call of {name} in message {index}")
+            span = (span[0] if content else min(found, span[1]), max(span[1], found + len(name)))
+        spans.append(span)
+        place = span[1]
+    for tool in tools or ():
+        name = tool.get("function", tool).get("name", "")
+        if name not in text:
+            raise DataError(f"the chat template does not render the tool {name}; leave tools out of the rows if none is meant")
+    return spans
+
+
+def _find(text: str, content: str, place: int) -> Span | None:
+    """Find a content from a place on, or anywhere; as it is, as JSON, or its end alone."""
+    tail = content[-_TAIL:]
+    for form in (content, json.dumps(content, ensure_ascii=False)[1:-1], tail, json.dumps(tail)[1:-1]):
+        for start in (place, 0):
+            if (found := text.find(form, start)) >= 0:
+                return found, found + len(form)
+    return None
