@@ -1,4 +1,5 @@
 from hbp_tune.components.config.build import build as build
+from hbp_tune.components.config.folders import output_folder as output_folder
 from hbp_tune.components.config.group_files import groups_of as groups_of
 from hbp_tune.components.config.group_files import write_groups as write_groups
 from hbp_tune.components.config.memory_settings import memory_model as memory_model
@@ -9,6 +10,7 @@ from hbp_tune.components.config.stock import is_stock_loss as is_stock_loss
 from hbp_tune.components.config.stock import missing_tokenizer_files as missing_tokenizer_files
 from hbp_tune.components.config.stock import setting as setting
 from hbp_tune.components.data.batch import PackBatch as PackBatch
+from hbp_tune.components.data.chat_dataset import ChatDataset as ChatDataset
 from hbp_tune.components.data.dataset import HierarchicalPackedDataset as HierarchicalPackedDataset
 from hbp_tune.components.data.dataset import pack_loader as pack_loader
 from hbp_tune.components.data.hf_tokenizer import HFTokenizer as HFTokenizer
@@ -21,6 +23,8 @@ from hbp_tune.components.data.store import Builder as Builder
 from hbp_tune.components.data.store import TokenStore as TokenStore
 from hbp_tune.components.data.store import default_store_directory as default_store_directory
 from hbp_tune.components.data.store import open_token_store as open_token_store
+from hbp_tune.components.data.views import view_sample as view_sample
+from hbp_tune.components.data.views import view_samples as view_samples
 from hbp_tune.components.models.hf_config import HFConfig as HFConfig
 from hbp_tune.components.models.parallel_decoder import parallelize_decoder as parallelize_decoder
 from hbp_tune.components.models.qwen3 import Qwen3Checkpointer as Qwen3Checkpointer
@@ -132,6 +136,8 @@ from hbp_tune.components.reporting.report import PlanReport as PlanReport
 from hbp_tune.components.reporting.run_log import read_run_log as read_run_log
 from hbp_tune.components.reporting.run_page import render_run_page as render_run_page
 from hbp_tune.components.reporting.run_table import RunTable as RunTable
+from hbp_tune.components.reporting.samples import SampleView as SampleView
+from hbp_tune.components.reporting.samples import print_sample as print_sample
 from hbp_tune.components.reporting.tables import print_groups as print_groups
 from hbp_tune.components.reporting.tables import print_lengths as print_lengths
 from hbp_tune.components.reporting.tables import print_metrics as print_metrics

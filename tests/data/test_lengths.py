@@ -154,6 +154,7 @@ def test_a_file_of_something_else(tmp_path: Path, name: str) -> None:
 
 def test_no_file_and_other_suffixes(tmp_path: Path) -> None:
     assert f"does not exist (looked from {Path.cwd()})" in message(tmp_path / "none.csv")
+    assert "is a folder; name a file in it" in message(tmp_path)
     assert message(written(tmp_path, "5", "lengths.txt")).endswith("must end in .csv, .csv.gz, .parquet, .npy")
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -164,13 +165,13 @@ def test_lines_that_cannot_be_loaded_count_beside_a_split_too(tmp_path: Path) ->
 
 def test_a_file_without_one_good_line_is_the_loader_s_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("no\njson\n")
-    with pytest.raises(ConfigError, match=r"config key 'dataset\[0\]' .*cannot be built: DatasetGenerationError"):
+    with pytest.raises(ConfigError, match=r"config key 'dataset' .*cannot be built: DatasetGenerationError"):
         opened(settings(str(tmp_path / "a.jsonl")), tmp_path)
 
 
 def test_a_column_that_is_not_there(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", ROWS)
-    with pytest.raises(DataError, match=r"row 0 of data set 0 is no conversation that its component can read: KeyError: 'turns'"):
+    with pytest.raises(DataError, match=r"row 0 of dataset is no training sample: KeyError: 'turns'"):
         opened(settings(file, conversation_column="turns"), tmp_path)
 
 
@@ -189,3 +190,21 @@ def test_a_line_of_50_mb(tmp_path: Path) -> None:
     assert store.lengths.tolist() == [6, 50_000_003, 7]
     assert store.num_targets_within(8192).tolist() == [3, 8189, 3]
     assert bad_lines(loaded) == {}
+
+
+def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    good = settings(write(tmp_path / "good.jsonl", ROWS))
+    builder = Builder(num_processes=1, show_progress=False)
+    message = rf"^token store folder {file}/stores cannot be written: Not a directory; set token_store_dir"
+    with pytest.raises(DataError, match=message):
+        open_data(good, Letters(), file / "stores", builder)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(json.dumps(ROWS[0]) + "\n{\n")
+    with pytest.raises(DataError, match=message):
+        open_data(settings(str(broken)), Letters(), file / "stores", builder)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", file / "cache")
+    message = rf"^dataset: Hugging Face's cache cannot be written: {file}/cache.*: Not a directory; set .*HF_HOME or HF_DATASETS_CACHE"
+    with pytest.raises(DataError, match=message):
+        opened(settings(write(tmp_path / "other.jsonl", ROWS)), tmp_path)

@@ -90,7 +90,7 @@ def test_no_row_at_all(tmp_path: Path) -> None:
 
 def test_rows_that_are_bad_for_several_reasons_and_none_good(tmp_path: Path) -> None:
     rows = Rows(KeyError("messages"), ([1], [1]))
-    message = r"row 0 of data set 0 is no conversation .*: KeyError: 'messages', nor are the 1 rows after it. Check the row"
+    message = r"row 0 of dataset\[0\] is no training sample: KeyError: 'messages', nor are the 1 rows after it. Check the row"
     with pytest.raises(DataError, match=message):
         open_token_store([rows], tmp_path / "store")
 

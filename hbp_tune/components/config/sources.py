@@ -12,9 +12,27 @@ from omegaconf import OmegaConf
 
 from hbp_tune.components.planning.errors import ConfigError
 
+# Kinds of files that our chat data set reads, JSON also compressed (``.gz``).
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv")
 _LOCAL_FORMATS = ("json", "csv", "parquet", "arrow", "text")
 # Arguments that are ours: torchtune would hand them to `load_dataset`.
 _OURS = ("weight", "label")
+# How the components are called that take a folder where torchtune's take a file.
+READS_FOLDERS = ("HFTokenizer", "ChatDataset")
+# Files of a tokenizer's folder that decide tokens.
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "additional_chat_templates/*.jinja",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,12 +71,38 @@ class DataSettings:
 
 def data_settings(dataset: Any, tokenizer: Any, key: str = "dataset") -> DataSettings:
     """Read what the keys ``dataset`` (or ``dataset_val``) and ``tokenizer`` hold, and find their local files."""
+    check_tokenizer_files(tokenizer)
     return DataSettings(
         datasets=dataset_settings(dataset, key),
         tokenizer=_plain(tokenizer),
-        # A tokenizer's arguments may hold whole prompts; Path.is_file fails on strings too long for a name.
-        tokenizer_files=tuple(Path(name) for name in strings(tokenizer) if os.path.isfile(name)),
+        tokenizer_files=tuple(file for name in strings(tokenizer) for file in _tokenizer_files(name)),
     )
+
+
+def check_tokenizer_files(tokenizer: Any) -> None:
+    """Check that no folder stands where the tokenizer takes a file.
+
+    Raises:
+        ConfigError: one does.
+    """
+    component = str(tokenizer.get("_component_")) if hasattr(tokenizer, "keys") else ""
+    if component.endswith(READS_FOLDERS):
+        return
+    for key in tokenizer if component else ():
+        name = tokenizer[key]
+        if (key == "path" or key.endswith(("_path", "_file"))) and isinstance(name, str) and os.path.isdir(name):
+            names = ", ".join(file.name for file in _tokenizer_files(name)) or "none of the usual ones"
+            raise ConfigError(
+                f"tokenizer.{key}={name} is a folder; {component} names a file there ({names}), "
+                "hbp_tune.components.HFTokenizer a folder"
+            )
+
+
+def _tokenizer_files(name: str) -> list[Path]:
+    """Find what decides tokens under a name, which may as well be a whole prompt: Path.is_file fails on long strings."""
+    if os.path.isdir(name):
+        return sorted(file for pattern in _TOKENIZER_FILES for file in Path(name).glob(pattern))
+    return [Path(name)] if os.path.isfile(name) else []
 
 
 def dataset_settings(dataset: Any, key: str = "dataset") -> tuple[DatasetSettings, ...]:
@@ -71,33 +115,41 @@ def dataset_settings(dataset: Any, key: str = "dataset") -> tuple[DatasetSetting
     Raises:
         ConfigError: a weight is no number above 0, two labels are the same, or a data file is missing or empty.
     """
-    nodes = [_plain(node) for node in dataset_nodes(dataset)]
-    labels = _labels(nodes, key)
+    nodes = {name: _plain(node) for name, node in dataset_nodes(dataset, key).items()}
+    labels = _labels(list(nodes.values()), key)
     settings = []
-    for index, (node, label) in enumerate(zip(nodes, labels, strict=True)):
+    for (name, node), label in zip(nodes.items(), labels, strict=True):
         weight = node.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise ConfigError(f"{key} {index}: weight={weight} must be a number above 0; remove the data set to leave it out")
+            raise ConfigError(f"{name}: weight={weight} must be a number above 0; remove the data set to leave it out")
         settings.append(
             DatasetSettings(
-                key=f"{key}[{index}]",
+                key=name,
                 node={key: value for key, value in node.items() if key not in _OURS},
                 label=label,
                 weight=float(weight),
-                files=tuple(_data_files(f"{key} {index}", node)),
+                files=tuple(_data_files(name, node)),
             )
         )
     return tuple(settings)
 
 
-def dataset_nodes(dataset: Any) -> list[Any]:
-    """Give the nodes of the key ``dataset``, one or many."""
-    return [dataset] if hasattr(dataset, "keys") else list(dataset)
+def dataset_nodes(dataset: Any, key: str = "dataset") -> dict[str, Any]:
+    """Give the nodes of the key ``dataset``, one or many, by where they stand: ``dataset``, or ``dataset[0]`` and so on."""
+    nodes = [dataset] if hasattr(dataset, "keys") else list(dataset)
+    return {f"{key}[{index}]" if len(nodes) > 1 else key: node for index, node in enumerate(nodes)}
 
 
 def matching_files(name: str) -> list[Path]:
-    """Find the local files of a name or pattern, in the order in which they are loaded."""
-    return [Path(path) for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
+    """Find the local files of a name or pattern, and all data files of a folder, in the order in which they are loaded."""
+    found: list[Path] = []
+    for path in map(Path, sorted(glob.glob(name, recursive=True))):
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.is_file())
+            found += [file for file in inside if file.name.lower().removesuffix(".gz").endswith(DATA_SUFFIXES)]
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found))
 
 
 def strings(node: Any) -> Iterator[str]:
@@ -148,14 +200,19 @@ def _data_files(name_of_set: str, node: Mapping[str, Any]) -> list[Path]:
     """Find a data set's local files.
 
     Raises:
-        ConfigError: one does not exist, or those of a name are empty.
+        ConfigError: one does not exist, is a folder that the component cannot read, or those of a name are empty.
     """
     files: list[Path] = []
+    reads_folders = str(node.get("_component_")).endswith(READS_FOLDERS)
+    is_local = node.get("source") in (*_LOCAL_FORMATS, *((None,) if reads_folders else ()))
     for name in strings(node.get("data_files")):
         if "://" in name:
             continue
         found = matching_files(name)
-        if not found and node.get("source") in _LOCAL_FORMATS:
+        if is_local and os.path.isdir(name) and not (reads_folders and found):
+            way_out = f" without a data file ({', '.join(DATA_SUFFIXES)})" if reads_folders else f"; name its files, such as {name}/*.jsonl"
+            raise ConfigError(f"{name_of_set}: data_files={name} is a folder{way_out}")
+        if not found and is_local:
             hint = "; `python -m hbp_tune.demo` makes the demo's data" if "hbp_demo" in name else ""
             raise ConfigError(f"{name_of_set}: data file {name} does not exist (looked from {Path.cwd()}){hint}")
         if found and not any(path.stat().st_size for path in found):

@@ -1,5 +1,6 @@
 """Lengths without a tokenizer: from the bytes of the text, for plans that are made before a model is downloaded."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from torchtune.data import Message
 from tqdm import tqdm
 
+from hbp_tune.components.data.conversation import Conversation, EncodedChat
 from hbp_tune.components.data.rows import BadRow, RowReader, SampleSource, no_sample
 from hbp_tune.components.planning.errors import DataError
 
@@ -37,6 +39,22 @@ class CharacterEstimate:
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> NDArray[np.int32]:
         """Estimate a plain text's tokens, ``int32[num_tokens]``."""
         return np.zeros(_num_tokens(text) + add_bos + add_eos, dtype=np.int32)
+
+    def encode_conversation(self, conversation: Conversation, *, reasoning: str, rewritten_turns: str) -> list[EncodedChat]:
+        """Estimate a conversation's tokens, with its tools, calls and reasoning; as one sample, whatever the template does."""
+        texts = [self._text_of(message, reasoning) for message in conversation.messages]
+        tools = json.dumps(conversation.tools) if conversation.tools else ""
+        counts = [_FORMAT_TOKENS + _num_tokens(text) for text in texts]
+        mask = np.repeat([False, *conversation.is_trained], [1 + _num_tokens(tools), *counts])[: self.max_seq_len]
+        starts = 1 + _num_tokens(tools) + np.cumsum([0, *counts[:-1]])
+        roles = [message["role"] for message in conversation.messages]
+        return [EncodedChat(tokens=np.zeros(len(mask), dtype=np.int32), is_target=mask, turn_starts=starts.tolist(), roles=roles)]
+
+    @staticmethod
+    def _text_of(message: Mapping[str, Any], reasoning: str) -> str:
+        calls = json.dumps(message["tool_calls"]) if message.get("tool_calls") else ""
+        thought = message.get("reasoning_content") if reasoning != "drop" else None
+        return (thought or "") + (message["content"] or "").strip() + calls
 
     def tokenize_messages(
         self, messages: Sequence[Message], *, add_end_tokens: bool = True
@@ -74,11 +92,12 @@ class SampleCounts:
     bad_rows: tuple[BadRow, ...]
 
 
-def estimate_lengths(sources: Sequence[SampleSource]) -> SampleCounts:
+def estimate_lengths(sources: Sequence[SampleSource], names: Sequence[str] | None = None) -> SampleCounts:
     """Count the tokens of data sets that were built with a `CharacterEstimate`; nothing is kept on disk.
 
     Args:
         sources: one after the other: sample ids run through all of them, as in the token store.
+        names: their keys in the configuration, for errors.
 
     Returns:
         The counts of the rows that are samples.
@@ -86,7 +105,7 @@ def estimate_lengths(sources: Sequence[SampleSource]) -> SampleCounts:
     Raises:
         DataError: no row is one.
     """
-    rows = RowReader(sources)
+    rows = RowReader(sources, names)
     counts: list[tuple[int, int, int, int]] = []
     bad_rows: list[BadRow] = []
     for index in tqdm(range(len(rows)), desc="Estimating", unit=" rows", delay=2):
@@ -94,9 +113,9 @@ def estimate_lengths(sources: Sequence[SampleSource]) -> SampleCounts:
         if isinstance(row, BadRow):
             bad_rows.append(row)
         else:
-            counts.append((len(row.tokens), row.num_targets, row.source, row.row))
+            counts += [(len(sample.tokens), sample.num_targets, sample.source, sample.row) for sample in row]
     if not counts:
-        raise DataError(no_sample(bad_rows))
+        raise DataError(no_sample(bad_rows, rows.names))
     lengths, num_targets, classes, places = np.ascontiguousarray(np.array(counts, dtype=np.int32).T)
     return SampleCounts(
         lengths=lengths, num_targets=num_targets, sources=classes.astype(np.int16), rows=places, bad_rows=tuple(bad_rows)

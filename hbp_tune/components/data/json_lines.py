@@ -130,7 +130,7 @@ def find_bad_rows(lines: Iterable[bytes], *, same_types: bool, watch: Callable[[
     # Lines of one structure share one entry, so that a million lines cost 8 bytes each.
     structures: dict[frozenset[tuple[str, str]], list[int]] = defaultdict(list)
     for row, line in enumerate(lines):
-        value, fault = _parsed(line)
+        value, fault = parse_line(line)
         if fault:
             bad_rows[row] = fault
         elif same_types:
@@ -149,7 +149,8 @@ def find_bad_rows(lines: Iterable[bytes], *, same_types: bool, watch: Callable[[
     return dict(sorted(bad_rows.items()))
 
 
-def _parsed(line: bytes) -> tuple[Any, str | None]:
+def parse_line(line: bytes) -> tuple[Any, str | None]:
+    """Give the JSON object of a line, or what is wrong with it."""
     try:
         value = json.loads(line.decode("utf-8-sig"))
         if b"\\u" in line:

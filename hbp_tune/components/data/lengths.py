@@ -40,6 +40,8 @@ def read_lengths(path: Path, column: str | None = None) -> tuple[NDArray[np.int3
     Raises:
         DataError: there is no such file or column, it cannot be read, or a value is no whole number of 1 to 2**31 - 1.
     """
+    if path.is_dir():
+        raise DataError(f"lengths file {path} is a folder; name a file in it")
     if not path.is_file():
         raise DataError(f"lengths file {path} does not exist (looked from {Path.cwd()})")
     name = path.name.lower()

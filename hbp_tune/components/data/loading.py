@@ -1,20 +1,27 @@
 """From the configuration's data sets to a token store: load them, name the store by all that decides it, open it."""
 
+import errno
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from hbp_tune.components.config.build import build
+from hbp_tune.components.config.folders import writing_token_store
 from hbp_tune.components.config.sources import DatasetSettings, DataSettings, matching_files
 from hbp_tune.components.data.estimate import CharacterEstimate, SampleCounts, estimate_lengths
 from hbp_tune.components.data.json_lines import CleanFile, clean, clean_folder, is_json_lines
 from hbp_tune.components.data.sources import DataSource, LoadedData
 from hbp_tune.components.data.store import Builder, TokenStore, digest_files, no_watch, open_token_store, store_key
-from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.components.planning.errors import ConfigError, DataError
+
+# What a disk, or its owner, has against writing.
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 
 
 def open_data(settings: DataSettings, tokenizer: Any, directory: Path, builder: Builder) -> tuple[LoadedData, TokenStore]:
@@ -31,7 +38,9 @@ def open_data(settings: DataSettings, tokenizer: Any, directory: Path, builder: 
     samples = [source.samples for source in sources]
     # Weights and labels are not among them: they decide no token.
     parts = [*(one.node for one in settings.datasets), settings.tokenizer, [len(rows) for rows in samples]]
-    store = open_token_store(samples, directory / store_key(parts, digests), builder)
+    names = [one.key for one in settings.datasets]
+    with writing_token_store(directory):
+        store = open_token_store(samples, directory / store_key(parts, digests), builder, names)
     return LoadedData(sources=sources, counts=store), store
 
 
@@ -40,7 +49,7 @@ def estimate_data(settings: DataSettings, directory: Path) -> tuple[LoadedData, 
     digests = digest_files([file for one in settings.datasets for file in one.files])
     tokenizer = CharacterEstimate((settings.tokenizer or {}).get("max_seq_len"))
     sources = tuple(load_source(one, tokenizer, directory, digests, no_watch) for one in settings.datasets)
-    counts = estimate_lengths([source.samples for source in sources])
+    counts = estimate_lengths([source.samples for source in sources], [one.key for one in settings.datasets])
     return LoadedData(sources=sources, counts=counts), counts
 
 
@@ -61,11 +70,10 @@ def load_source(
     """
     error: ConfigError | None = None
     for same_types in _attempts(settings, directory, digests):
-        files = (
-            []
-            if same_types is None
-            else [clean(file, digests[file], directory, same_types=same_types, watch=watch) for file in settings.files]
-        )
+        files = []
+        if same_types is not None:
+            with writing_token_store(directory):
+                files = [clean(file, digests[file], directory, same_types=same_types, watch=watch) for file in settings.files]
         if files and not any(file.bad_rows for file in files):
             continue
         try:
@@ -93,13 +101,37 @@ def _attempts(settings: DatasetSettings, directory: Path, digests: Mapping[Path,
 def _load(settings: DatasetSettings, tokenizer: Any, files: Sequence[CleanFile]) -> DataSource:
     node = OmegaConf.create(settings.node)
     if not files:
-        return DataSource(settings=settings, samples=build(settings.key, node, tokenizer))
+        return DataSource(settings=settings, samples=_build(settings.key, node, tokenizer))
     copies = {original: file.path for original, file in zip(settings.files, files, strict=True) if len(file.rows)}
     node.data_files = _replaced(settings.node["data_files"], copies)
-    samples = build(settings.key, node, tokenizer)
+    samples = _build(settings.key, node, tokenizer)
     rows, bad_rows = _joined(files)
     # A split or a filter may have taken part of the rows: then no row's place is known, but bad lines are still counted.
     return DataSource(settings=settings, samples=samples, rows=rows if len(samples) == len(rows) else None, bad_rows=bad_rows)
+
+
+def _build(key: str, node: DictConfig, tokenizer: Any) -> Any:
+    """Build a data set's component.
+
+    Raises:
+        DataError: Hugging Face's cache, where it keeps what it has read, cannot be written.
+    """
+    try:
+        return build(key, node, tokenizer)
+    except ConfigError as error:
+        cause: BaseException | None = error
+        while cause := cause.__cause__ or cause.__context__:
+            if isinstance(cause, OSError) and cause.errno in _REFUSED and _is_in_cache(cause.filename):
+                raise DataError(
+                    f"{key}: Hugging Face's cache cannot be written: {cause.filename or datasets.config.HF_DATASETS_CACHE}: "
+                    f"{cause.strerror}; set the environment's HF_HOME or HF_DATASETS_CACHE to a folder that can"
+                ) from error
+        raise
+
+
+def _is_in_cache(name: str | bytes | None) -> bool:
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME)
+    return name is None or any(Path(os.fsdecode(name)).is_relative_to(cache) for cache in caches)
 
 
 def _replaced(data_files: Any, copies: Mapping[Path, Path]) -> Any:

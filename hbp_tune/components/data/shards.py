@@ -22,6 +22,7 @@ import torch
 import xxhash
 from filelock import FileLock, Timeout
 
+from hbp_tune.components.data.notes import Note, join_notes
 from hbp_tune.components.data.rows import BadRow, RowReader, Sample, no_sample
 from hbp_tune.components.planning.errors import DataError
 from hbp_tune.components.reporting.bad_rows import kind_of_reason
@@ -71,17 +72,20 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardSummary:
-    """What a finished shard holds: samples, their content's digest, and the rows that are no samples."""
+    """What a finished shard holds: samples, their content's digest, the rows that are no samples, and what was done to others."""
 
     num_samples: int
     digest: str
     bad_rows: tuple[BadRow, ...]
+    notes: tuple[Note, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> "ShardSummary":
         """Read the file beside a shard's table."""
         fields = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**fields | {"bad_rows": tuple(BadRow(**row) for row in fields["bad_rows"])})
+        bad_rows = tuple(BadRow(**row) for row in fields["bad_rows"])
+        notes = tuple(Note(**note | {"first": tuple(map(tuple, note["first"]))}) for note in fields["notes"])
+        return cls(num_samples=fields["num_samples"], digest=fields["digest"], bad_rows=bad_rows, notes=notes)
 
 
 def cut_shards(num_rows: int, directory: Path) -> list[Shard]:
@@ -185,17 +189,20 @@ def _write(shard: Shard, rows: RowReader, parent: int) -> None:
     """
     digest = xxhash.xxh3_128()
     bad_rows: list[BadRow] = []
+    notes: list[Note] = []
+    num_samples = 0
     with shard.aside.open("wb") as file:
         with pa.ipc.new_stream(file, SCHEMA) as writer:
             for batch in _batches(shard, rows, parent, bad_rows):
                 writer.write_batch(_record_batch(batch, digest))
+                num_samples += len(batch)
+                notes = join_notes([*notes, *(note for sample in batch for note in Note.of(sample))])
         file.flush()
         os.fsync(file.fileno())
-    num_samples = shard.stop - shard.start - len(bad_rows)
     if not num_samples and len({kind_of_reason(row.reason) for row in bad_rows}) == 1:
-        raise DataError(no_sample(bad_rows))
+        raise DataError(no_sample(bad_rows, rows.names))
     shard.aside.replace(shard.table)
-    summary = ShardSummary(num_samples=num_samples, digest=digest.hexdigest(), bad_rows=tuple(bad_rows))
+    summary = ShardSummary(num_samples=num_samples, digest=digest.hexdigest(), bad_rows=tuple(bad_rows), notes=tuple(notes))
     shard.aside.write_text(json.dumps(asdict(summary)), encoding="utf-8")
     shard.aside.replace(shard.summary)
 
@@ -211,9 +218,9 @@ def _batches(shard: Shard, rows: RowReader, parent: int, bad_rows: list[BadRow])
         if isinstance(row, BadRow):
             bad_rows.append(row)
             continue
-        batch.append(row)
-        num_tokens += len(row.tokens)
-        if len(batch) == _BATCH_ROWS or num_tokens >= _BATCH_TOKENS:
+        batch += row
+        num_tokens += sum(len(sample.tokens) for sample in row)
+        if len(batch) >= _BATCH_ROWS or num_tokens >= _BATCH_TOKENS:
             yield batch
             batch, num_tokens = [], 0
     if batch:

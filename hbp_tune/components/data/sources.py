@@ -136,7 +136,7 @@ class LoadedData:
         return BadRowList(num_rows=sum(source.num_rows for source in self.sources), listed=listed)
 
     def describe(self) -> list[str]:
-        """Say what each data set holds, a line each."""
+        """Say what each data set holds, a line each, and what was done to rows of theirs."""
         lines = []
         for index, source in enumerate(self.sources):
             of_source = self.counts.sources == index
@@ -145,7 +145,11 @@ class LoadedData:
                 f"Data set {source.settings.label}: {source.num_rows:,} rows, {num_bad:,} of them bad, "
                 f"{int(self.counts.lengths[of_source].sum(dtype=np.int64)):,} tokens, "
                 f"{int(self.counts.num_targets[of_source].sum(dtype=np.int64)):,} targets; weight {source.settings.weight:g}"
+                f"{f'; {decided}' if (decided := getattr(source.samples, 'description', '')) else ''}"
             )
+        for note in getattr(self.counts, "notes", ()):  # an estimate has none
+            rows = ", ".join(map(str, self._places(note.first)))
+            lines.append(f"{note.num_samples:,} samples: {note.text} ({note.count:,} times; first: {rows})")
         return lines
 
     def _places(self, rows: Sequence[tuple[int, int]]) -> list[RowPlace]:

@@ -16,6 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from hbp_tune.components.data.notes import Note, join_notes
 from hbp_tune.components.data.rows import BadRow, RowReader, SampleSource, no_sample
 from hbp_tune.components.data.shards import Shard, ShardBuilders, ShardSummary, cut_shards
 from hbp_tune.components.planning.errors import DataError
@@ -28,6 +29,7 @@ class TokenStore:
 
     Args:
         shards: finished ones, in order.
+        names: the data sets' keys in the configuration, for errors.
 
     Attributes:
         lengths: ``int32[num_samples]``, tokens per sample.
@@ -35,15 +37,17 @@ class TokenStore:
         num_targets: ``int32[num_samples]``, labels of each that count toward the loss.
         rows: ``int32[num_samples]``, its row there; bad rows leave gaps.
         bad_rows: the rows that are no samples, in order.
+        notes: what was done to rows that are.
         fingerprint: of all tokens and targets, in order: what resuming compares.
 
     Raises:
         DataError: no row is a sample.
     """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    def __init__(self, shards: Sequence[Shard], names: Sequence[str]) -> None:
         summaries = [ShardSummary.read(shard.summary) for shard in shards]
         self.bad_rows: tuple[BadRow, ...] = tuple(row for summary in summaries for row in summary.bad_rows)
+        self.notes: tuple[Note, ...] = tuple(join_notes(note for summary in summaries for note in summary.notes))
         self.fingerprint: str = xxhash.xxh3_128("".join(summary.digest for summary in summaries).encode()).hexdigest()
         tables = [
             datasets.Dataset.from_file(str(shard.table))
@@ -51,7 +55,7 @@ class TokenStore:
             if summary.num_samples
         ]
         if not tables:
-            raise DataError(no_sample(self.bad_rows))
+            raise DataError(no_sample(self.bad_rows, names))
         table = datasets.concatenate_datasets(tables)
         self._table = table.with_format("arrow")
         self.lengths: NDArray[np.int32] = _values(table, "num_tokens")
@@ -136,23 +140,26 @@ class Builder:
         )
 
 
-def open_token_store(sources: Sequence[SampleSource], path: Path, builder: Builder | None = None) -> TokenStore:
+def open_token_store(
+    sources: Sequence[SampleSource], path: Path, builder: Builder | None = None, names: Sequence[str] | None = None
+) -> TokenStore:
     """Open the token store at ``path``, after making what is missing of it together with everyone else who opens it.
 
     Args:
         sources: the data sets, tokenised one after the other: sample ids run through all of them.
         path: a folder named by a key over everything that decides its content.
         builder: what this process does for it; by default all that its CPUs can.
+        names: the data sets' keys in the configuration, for errors.
 
     Returns:
         The store. No row at all, none that is a sample, or a shard of rows that all are bad alike, is a `DataError`.
     """
-    rows = RowReader(sources)
+    rows = RowReader(sources, names)
     shards = cut_shards(len(rows), path)
     if not all(shard.summary.exists() for shard in shards):
         path.mkdir(parents=True, exist_ok=True)
         _build(shards, rows, path, builder or Builder.alone())
-    return TokenStore(shards)
+    return TokenStore(shards, rows.names)
 
 
 def _build(shards: Sequence[Shard], rows: RowReader, path: Path, builder: Builder) -> None:
@@ -179,11 +186,12 @@ def store_key(parts: Sequence[Any], digests: Mapping[Path, str]) -> str:
     """Name a store by what decides its content: settings (by their ``repr``) and the bytes of local files.
 
     Args:
-        parts: plain values, such as the data sets' and the tokenizer's configuration. torchtune's version, whose
-            templates and tokenizers they name, is always among them.
+        parts: plain values, such as the data sets' and the tokenizer's configuration. The versions of
+            the libraries that tokenise are always among them.
         digests: of data and tokenizer files, by `digest_files`; where the files lie does not matter.
     """
-    named = [_FORMAT, importlib.metadata.version("torchtune"), *parts, *digests.values()]
+    versions = [importlib.metadata.version(name) for name in ("torchtune", "transformers", "tokenizers")]
+    named = [_FORMAT, *versions, *parts, *digests.values()]
     return str(xxhash.xxh3_128(repr(named).encode()).hexdigest())
 
 
@@ -205,4 +213,4 @@ def default_store_directory() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "hbp_tune"
 
 
-_FORMAT = "token store 2"  # raised when the columns or their meaning change
+_FORMAT = "token store 3"  # raised when the columns or their meaning change

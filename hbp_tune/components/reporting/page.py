@@ -14,6 +14,7 @@ from hbp_tune.components.reporting.charts import write_count, write_share
 from hbp_tune.components.reporting.figures import draw_fill, draw_lengths, draw_step_tokens
 from hbp_tune.components.reporting.page_parts import document, duration, figure, table, tiles
 from hbp_tune.components.reporting.report import PlanReport, describe_groups
+from hbp_tune.components.reporting.samples import SAMPLE_STYLE, render_sample
 
 _EXPLANATION = """<section><h2>What a plan is</h2><p>Samples of a data set differ in length, so that several are put into one
 <b>pack</b>, a row that a rank, or a few ranks together, compute at once. Each <b>group</b> has its own pack length and its own
@@ -95,6 +96,7 @@ def render_page(report: PlanReport) -> str:
         _groups(report),
         _metrics(report),
         *map(figure, pictures),
+        _samples(report),
         _footer(report),
     )
     title = f"Plan: {write_count(len(report.plan.sample_ids), 'sample')} on {write_count(report.plan.world_size, 'rank')}"
@@ -180,6 +182,16 @@ def _metrics(report: PlanReport) -> str:
         f"<section><h2>Metrics beside other packings of the same data</h2>{drawn}"
         '<p class="caption">Shares run from 0 to 1; less is better but for Ave-T. The other packings put all samples into '
         "packs of the shortest group that holds them all.</p></section>\n"
+    )
+
+
+def _samples(report: PlanReport) -> str:
+    if not report.samples:
+        return ""
+    shown = "".join(map(render_sample, report.samples))
+    return (
+        f"<style>{SAMPLE_STYLE}</style><section><h2>The first samples, as they are trained</h2><p>Marked green is what the model "
+        f"learns to generate. <code>hbp data</code> shows any row.</p>{shown}</section>\n"
     )
 
 

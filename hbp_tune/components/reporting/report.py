@@ -1,6 +1,6 @@
 """Everything that a report of a plan shows: one value for the terminal, the JSON file and the page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from hbp_tune.components.planning.cost import CostModel
 from hbp_tune.components.planning.metrics import PlanMetrics
 from hbp_tune.components.planning.records import EpochPlan
+from hbp_tune.components.reporting.samples import SampleView
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -26,6 +27,7 @@ class PlanReport:
         headline: the finding in one sentence.
         warnings: what a person should know before training by the plan.
         seconds: how long each phase of planning took, by the phase's name.
+        samples: some of the data, as they are trained; none where lengths alone are known.
     """
 
     lengths: NDArray[np.int32]
@@ -38,6 +40,7 @@ class PlanReport:
     headline: str
     warnings: tuple[str, ...] = ()
     seconds: Mapping[str, float]
+    samples: Sequence[SampleView] = ()
 
     def __post_init__(self) -> None:
         assert self.plans, "a report needs the plan of at least one epoch"

@@ -1,0 +1,232 @@
+"""The chat data set: whatever files and formats people have, as samples."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torchtune.data import Message
+
+from hbp_tune.components.config.sources import matching_files, strings
+from hbp_tune.components.data.batch import IGNORE_INDEX
+from hbp_tune.components.data.chat_detection import FORMATS, describe_format, detect
+from hbp_tune.components.data.chat_files import is_saved, open_rows
+from hbp_tune.components.data.chat_rows import ChatFormat, Turns, fault_of
+from hbp_tune.components.data.conversation import REASONING, REWRITTEN_TURNS, Conversation, EncodedChat
+from hbp_tune.components.planning.errors import ConfigError, DataError
+
+# So many rows are looked at to find out what the others are.
+_LOOKED_AT = 100
+_TRAIN_ON = ("assistant", "last_assistant", "all")
+
+
+class ChatDataset:
+    """Chats, instructions, texts or token ids, as samples for training.
+
+    Args:
+        tokenizer: `HFTokenizer`, which renders all that rows hold, or one of torchtune's.
+        data_files: files (JSON lines, JSON, both also ``.gz``, Parquet, Arrow, CSV), folders and patterns of them.
+        source: in place of local files, a name on the hub, or a folder written by ``save_to_disk``.
+        split: of the rows, such as ``train[:1000]``.
+        format: ``openai``, ``sharegpt``, ``alpaca``, ``prompt_completion``, ``text``, ``tokens``, or ``auto``: what the first
+            rows look like.
+        columns: what stands where if columns, or the keys of messages, have other names: ``{messages: dialog, role: speaker}``.
+        roles: who other roles are: ``{speaker_a: user}``.
+        train_on: whose turns are targets: ``assistant``, ``last_assistant``, ``all``, or a list of roles. A message with
+            ``weight: 0`` is none.
+        reasoning: of the assistant: ``train`` it, ``mask`` it, or ``drop`` it.
+        rewritten_turns: earlier assistant turns that a template shows otherwise once others follow, such as Qwen3's, which drops
+            their reasoning: ``mask`` leaves them out and counts them, ``split`` gives each a sample of its own, in which it is
+            the last turn, ``train`` takes them as they are rendered.
+        load_dataset: arguments of ``datasets.load_dataset``, such as ``name`` and ``revision``.
+
+    Attributes:
+        description: what was decided about the rows, in one phrase.
+
+    Raises:
+        ConfigError: an argument is out of range, or nothing of it can be read.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        data_files: str | Sequence[str] | None = None,
+        source: str | None = None,
+        split: str = "train",
+        format: str = "auto",
+        columns: Mapping[str, str] | None = None,
+        roles: Mapping[str, str] | None = None,
+        train_on: str | Sequence[str] = "assistant",
+        reasoning: str = "train",
+        rewritten_turns: str = "mask",
+        **load_dataset: Any,
+    ) -> None:
+        _check_choice("format", format, ("auto", *FORMATS))
+        _check_choice("reasoning", reasoning, REASONING)
+        _check_choice("rewritten_turns", rewritten_turns, REWRITTEN_TURNS)
+        if isinstance(train_on, str):
+            _check_choice("train_on", train_on, (*_TRAIN_ON, "or a list of roles"))
+        self._tokenizer = tokenizer
+        self._train_on = train_on if isinstance(train_on, str) else tuple(train_on)
+        self._reasoning = reasoning
+        self._rewritten_turns = rewritten_turns
+        if isinstance(data_files, str) and is_saved(data_files):
+            data_files, source = None, data_files
+        files = [file for name in strings(data_files) for file in matching_files(name)]
+        if files and source not in (None, "json", "parquet", "csv", "arrow"):
+            raise ConfigError(f"dataset: source={source} and data_files are two sources; set one of them to null")
+        self._rows = open_rows(files, source, split, load_dataset)
+        looked_at = [row for row in map(self._row_or_none, range(min(len(self._rows), _LOOKED_AT))) if row is not None]
+        if len(self._rows) and not looked_at:
+            raise ConfigError(f"none of the first {_LOOKED_AT} rows of the data set can be read: {self._fault(0)}")
+        self._format = (
+            detect(looked_at, format, columns, roles) if looked_at else ChatFormat(name="text", columns={"text": "text"})
+        )
+        self.description = describe_format(self._format)
+        if self._format.name not in ("text", "tokens"):
+            on = f"{train_on} turns" if isinstance(train_on, str) else f"turns of {', '.join(train_on)}"
+            self.description += f"; trains on {on.replace('_', ' ')}"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        """Give the sample of a row: ``tokens`` and ``labels`` (-100 where no target), ``int32[num_tokens]``, and ``notes``.
+
+        A row that gives several samples (``rewritten_turns=split``) gives a list of them.
+        """
+        samples = [
+            {"tokens": chat.tokens, "labels": np.where(chat.is_target, chat.tokens, IGNORE_INDEX), "notes": chat.notes}
+            for chat in self.chats(index)
+        ]
+        return samples if len(samples) > 1 else samples[0]
+
+    def chats(self, index: int) -> Sequence[EncodedChat]:
+        """Tokenise a row.
+
+        Raises:
+            DataError: it is no training sample, with the reason.
+        """
+        row = self._rows[index]
+        if not isinstance(row, Mapping):
+            raise DataError(f"no JSON object but {type(row).__name__}")
+        if self._format.name == "text":
+            return [self._text(row)]
+        if self._format.name == "tokens":
+            return [self._ids(row)]
+        turns = self._format.read(row)
+        is_trained = self._is_trained(turns)
+        if fault := fault_of(turns.messages, is_trained):
+            raise DataError(fault)
+        conversation = Conversation(messages=turns.messages, is_trained=is_trained, tools=turns.tools)
+        if hasattr(self._tokenizer, "encode_conversation"):
+            chats: list[EncodedChat] = self._tokenizer.encode_conversation(
+                conversation, reasoning=self._reasoning, rewritten_turns=self._rewritten_turns
+            )
+        else:
+            chats = [_encode_plainly(self._tokenizer, conversation)]
+        if turns.notes:
+            chats[0] = EncodedChat(
+                tokens=chats[0].tokens,
+                is_target=chats[0].is_target,
+                turn_starts=chats[0].turn_starts,
+                roles=chats[0].roles,
+                notes=turns.notes + Counter(chats[0].notes),
+            )
+        return chats
+
+    def _is_trained(self, turns: Turns) -> list[bool]:
+        roles = [message["role"] for message in turns.messages]
+        if self._train_on == "all":
+            return turns.may_train
+        wanted = self._train_on if isinstance(self._train_on, tuple) else ("assistant",)
+        chosen = [may_train and role in wanted for role, may_train in zip(roles, turns.may_train, strict=True)]
+        if self._train_on == "last_assistant" and "assistant" in roles:
+            last = len(roles) - 1 - roles[::-1].index("assistant")
+            chosen = [one and index == last for index, one in enumerate(chosen)]
+        return chosen
+
+    def _text(self, row: Mapping[str, Any]) -> EncodedChat:
+        """Tokenise a plain text, all of which is trained.
+
+        Raises:
+            DataError: it is none.
+        """
+        text = row.get(self._format.columns["text"])
+        if not isinstance(text, str) or not text:
+            raise DataError(f"text is {'empty' if text in ('', None) else f'no text but {type(text).__name__}'}")
+        tokens = self._tokenizer.encode(text, add_bos=True, add_eos=True)
+        return _one_piece(tokens, [True] * len(tokens))
+
+    def _ids(self, row: Mapping[str, Any]) -> EncodedChat:
+        """Take token ids as they are.
+
+        Raises:
+            DataError: they are none, or do not go with their labels.
+        """
+        ids, column = row.get(self._format.columns["input_ids"]), self._format.columns["input_ids"]
+        if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
+            raise DataError(f"{column} is no list of token ids")
+        most = getattr(self._tokenizer, "vocab_size", None)
+        if min(ids) < 0 or (most is not None and max(ids) >= most):
+            raise DataError(
+                f"{column} holds {min(ids) if min(ids) < 0 else max(ids)}, the tokenizer has ids of 0 to {(most or 0) - 1}"
+            )
+        if not all(row.get("attention_mask") or [1]):
+            raise DataError("attention_mask is 0 somewhere: padding has no place here, cut it off")
+        labels = row.get(self._format.columns.get("labels", "labels"), ids)
+        if not isinstance(labels, list) or len(labels) != len(ids):
+            raise DataError(f"labels are no list of as many as {column}: {len(ids)}")
+        if any(label not in (IGNORE_INDEX, i) for label, i in zip(labels, ids, strict=True)):
+            raise DataError(f"labels must equal {column} or be {IGNORE_INDEX}, not shifted; these are others")
+        return _one_piece(ids, [label != IGNORE_INDEX for label in labels])
+
+    def _row_or_none(self, index: int) -> Mapping[str, Any] | None:
+        return None if self._fault(index) else self._rows[index]
+
+    def _fault(self, index: int) -> str | None:
+        try:
+            row = self._rows[index]
+        except DataError as error:
+            return str(error)
+        return None if isinstance(row, Mapping) else "no JSON object"
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Check an argument that is one of some words.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    if value not in choices:
+        raise ConfigError(f"dataset: {name}={value} must be one of {', '.join(choices)}")
+
+
+def _one_piece(tokens: Sequence[int], is_target: Sequence[bool]) -> EncodedChat:
+    ids: NDArray[np.int32] = np.array(tokens, dtype=np.int32)
+    return EncodedChat(tokens=ids, is_target=np.array(is_target, dtype=np.bool_), turn_starts=[0], roles=[""])
+
+
+def _encode_plainly(tokenizer: Any, conversation: Conversation) -> EncodedChat:
+    """Tokenise by one of torchtune's tokenizers, which know text turns alone.
+
+    Raises:
+        DataError: there is more.
+    """
+    beside = {key for message in conversation.messages for key in ("tool_calls", "reasoning_content") if message.get(key)}
+    if conversation.tools:
+        beside.add("tools")
+    if beside:
+        raise DataError(
+            f"{type(tokenizer).__name__} does not know {', '.join(sorted(beside))}; take hbp_tune.components.HFTokenizer"
+        )
+    messages = [
+        Message(
+            role="ipython" if message["role"] == "tool" else message["role"], content=message["content"], masked=not is_trained
+        )
+        for message, is_trained in zip(conversation.messages, conversation.is_trained, strict=True)
+    ]
+    tokens, mask = tokenizer.tokenize_messages(messages)
+    return _one_piece(tokens, np.logical_not(mask))

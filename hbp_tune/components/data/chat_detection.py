@@ -1,0 +1,124 @@
+"""Which format rows have, found by looking at the first of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hbp_tune.components.data.chat_rows import ChatFormat
+from hbp_tune.components.planning.errors import ConfigError
+
+FORMATS = ("openai", "sharegpt", "alpaca", "prompt_completion", "text", "tokens")
+# The fields of each format, those that it cannot do without first, and the columns that usually hold them.
+_USUAL: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "openai": {
+        "messages": ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns"),
+        "role": ("role",),
+        "content": ("content",),
+    },
+    "sharegpt": {
+        "messages": ("conversations", "conversation", "messages", "chat", "dialog", "dialogue", "turns"),
+        "role": ("from",),
+        "content": ("value",),
+    },
+    "tokens": {"input_ids": ("input_ids", "tokens", "token_ids")},
+    "alpaca": {"instruction": ("instruction",), "output": ("output", "response")},
+    "prompt_completion": {
+        "prompt": ("prompt", "question", "query", "input"),
+        "completion": ("completion", "answer", "response", "output"),
+    },
+    "text": {"text": ("text", "content")},
+}
+_OPTIONAL = {
+    "tools": ("tools", "functions"),
+    "system": ("system", "system_prompt"),
+    "input": ("input",),
+    "history": ("history",),
+    "labels": ("labels",),
+}
+_NAMES = {
+    "openai": "OpenAI messages",
+    "sharegpt": "ShareGPT conversations",
+    "alpaca": "Alpaca instructions",
+    "prompt_completion": "prompts and completions",
+    "text": "plain text",
+    "tokens": "token ids",
+}
+_EXAMPLE = "columns={messages: NAME}, {prompt: NAME, completion: NAME}, {instruction: NAME, output: NAME} or {text: NAME}"
+
+
+def detect(
+    rows: Sequence[Mapping[str, Any]], format: str, columns: Mapping[str, str] | None, roles: Mapping[str, str] | None
+) -> ChatFormat:
+    """Find out how rows are written.
+
+    Args:
+        rows: some of them.
+        format: one of `FORMATS`, or ``auto``.
+        columns: what stands where, if not in the usual columns.
+        roles: see `ChatFormat`.
+
+    Raises:
+        ConfigError: no format, or not the one that is asked for, suits their columns.
+    """
+    found = list(dict.fromkeys(key for row in rows for key, value in row.items() if value is not None))
+    given = dict(columns or {})
+    for field, column in given.items():
+        if field not in ("role", "content") and column not in found:
+            raise ConfigError(f"columns={{{field}: {column}}}: the rows have no such column; they have {', '.join(found)}")
+    for name in FORMATS if format == "auto" else (format,):
+        mapping = _mapping(name, rows, found, given)
+        if mapping is not None:
+            optional = {field: _first(found, usual) for field, usual in _OPTIONAL.items() if field not in mapping}
+            mapping |= {field: column for field, column in optional.items() if column}
+            return ChatFormat(name=name, columns=mapping, roles=dict(roles or {}))
+    wanted = "any format" if format == "auto" else f"format={format}"
+    raise ConfigError(
+        f"the rows do not fit {wanted}: they have the columns {', '.join(found) or 'none'}; say what they hold by {_EXAMPLE}"
+    )
+
+
+def describe_format(format: ChatFormat) -> str:
+    """Say what was found, in a phrase."""
+    first = next(iter(_USUAL[format.name]))
+    beside = [column for field, column in format.columns.items() if field not in ("role", "content", first)]
+    others = f" with {', '.join(map(repr, beside))}" if beside else ""
+    return f"{_NAMES[format.name]} in column {format.columns[first]!r}{others}"
+
+
+def _mapping(
+    name: str, rows: Sequence[Mapping[str, Any]], found: Sequence[str], given: Mapping[str, str]
+) -> dict[str, str] | None:
+    """Map a format's fields to columns; None where these rows are not of that format."""
+    fields = _USUAL[name]
+    if name in ("openai", "sharegpt"):
+        # Conversations show by what their messages hold, whatever their column is called.
+        keys = {field: given.get(field, fields[field][0]) for field in ("role", "content")}
+        pairs = {column for usual in _USUAL["prompt_completion"].values() for column in usual}
+        others = [column for column in found if column not in pairs]  # a prompt may be a list of messages, too
+        wanted = [given["messages"]] if "messages" in given else [*fields["messages"], *others]
+        column = next((column for column in wanted if column in found and _holds(rows, column, keys["role"])), None)
+        return None if column is None else {"messages": column, **keys, **_beside(given)}
+    if "messages" in given:
+        return None
+    mapping = {field: given.get(field) or _first(found, usual) for field, usual in fields.items()}
+    if not all(mapping.values()) or (name == "tokens" and not _holds_numbers(rows, mapping["input_ids"])):
+        return None
+    return {field: str(column) for field, column in mapping.items()} | _beside(given)
+
+
+def _beside(given: Mapping[str, str]) -> dict[str, str]:
+    return {field: column for field, column in given.items() if field in _OPTIONAL}
+
+
+def _first(found: Sequence[str], usual: Sequence[str]) -> str | None:
+    return next((column for column in usual if column in found), None)
+
+
+def _holds(rows: Sequence[Mapping[str, Any]], column: str, role: str) -> bool:
+    """Tell whether a column holds lists of objects with a role."""
+    lists = [row[column] for row in rows if isinstance(row.get(column), list)]
+    return any(isinstance(message, Mapping) and role in message for messages in lists for message in messages)
+
+
+def _holds_numbers(rows: Sequence[Mapping[str, Any]], column: str | None) -> bool:
+    lists = [row[column] for row in rows if column and isinstance(row.get(column), list)]
+    return any(isinstance(value, int) for values in lists for value in values[:1])

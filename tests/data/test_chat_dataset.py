@@ -1,0 +1,441 @@
+"""What people's files mean: each format by hand, what is refused, and which of a conversation is trained."""
+
+import csv
+import gzip
+import json
+
+import datasets
+import numpy as np
+import pytest
+from torchtune.data import Message
+
+from hbp_tune.components.data.chat_dataset import ChatDataset
+from hbp_tune.components.data.conversation import EncodedChat
+from hbp_tune.components.data.estimate import CharacterEstimate
+from hbp_tune.components.planning.errors import ConfigError, DataError
+
+
+class Recorder:
+    """A tokenizer that keeps the conversations it is given."""
+
+    vocab_size = 100
+
+    def __init__(self):
+        self.conversations = []
+
+    def encode_conversation(self, conversation, *, reasoning, rewritten_turns):
+        self.conversations.append(conversation)
+        self.arguments = (reasoning, rewritten_turns)
+        is_target = np.array([False, *conversation.is_trained])
+        return [
+            EncodedChat(tokens=np.arange(len(is_target), dtype=np.int32), is_target=is_target, turn_starts=[0], roles=["user"])
+        ]
+
+    def encode(self, text, add_bos, add_eos):
+        assert add_bos
+        assert add_eos
+        return [1, *range(10, 10 + len(text)), 2]
+
+
+def lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read(path, *rows, **arguments):
+    """Give the conversations of rows, and the data set."""
+    tokenizer = Recorder()
+    dataset = ChatDataset(tokenizer, data_files=lines(path, *rows), **arguments)
+    for index in range(len(dataset)):
+        dataset[index]
+    return tokenizer.conversations, dataset
+
+
+def fault(path, row, good=None, **arguments):
+    """Give what is wrong with a row, which a good one stands before."""
+    good = good or {"messages": [user("a"), assistant("b")]}
+    dataset = ChatDataset(Recorder(), data_files=lines(path, good, row), **arguments)
+    with pytest.raises(DataError) as caught:
+        dataset[1]
+    return str(caught.value)
+
+
+def user(content, **fields):
+    return {"role": "user", "content": content, **fields}
+
+
+def assistant(content, **fields):
+    return {"role": "assistant", "content": content, **fields}
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"default": None}}}}}
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "rows.jsonl"
+
+
+def test_openai_messages(file):
+    row = {
+        "messages": [
+            {"role": "developer", "content": "Be brief."},
+            user([{"type": "text", "text": "1 + "}, {"type": "text", "text": "2?"}]),
+            assistant(None, tool_calls=[CALL | {"function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}], thinking="Add."),
+            {"role": "tool", "content": "3", "tool_call_id": "c1", "name": "add"},
+            assistant("3", weight=1, id="m7"),
+        ],
+        "tools": [TOOL],
+        "source": "here",
+    }
+    (conversation,), dataset = read(file, row)
+    assert conversation.messages == [
+        {"role": "system", "content": "Be brief."},
+        user("1 + 2?"),
+        assistant("", reasoning_content="Add.", tool_calls=[CALL]),
+        {"role": "tool", "content": "3", "tool_call_id": "c1", "name": "add"},
+        assistant("3"),
+    ]
+    assert conversation.is_trained == [False, False, True, False, True]
+    assert conversation.tools == [TOOL]  # with its null, as the file has it
+    assert dataset.description == "OpenAI messages in column 'messages' with 'tools'; trains on assistant turns"
+
+
+def test_older_function_calls(file):
+    row = {
+        "messages": [
+            user("1 + 2?"),
+            assistant(None, function_call={"name": "add", "arguments": '{"a": 1, "b": 2}'}),
+            {"role": "function", "content": "3", "name": "add"},
+            assistant("3"),
+        ],
+        "functions": json.dumps([TOOL["function"]]),
+    }
+    (conversation,), _ = read(file, row)
+    assert conversation.messages[1]["tool_calls"] == [{"type": "function", "function": CALL["function"]}]
+    assert conversation.messages[2]["role"] == "tool"
+    assert conversation.tools == [TOOL]
+
+
+def test_sharegpt(file):
+    row = {
+        "conversations": [
+            {"from": "human", "value": "1 + 2?"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1, "b": 2}}'},
+            {"from": "observation", "value": "3"},
+            {"from": "gpt", "value": "3", "weight": 0},
+            {"from": "human", "value": "Thanks."},
+            {"from": "gpt", "value": "No."},
+        ],
+        "system": "Be brief.",
+        "tools": json.dumps([TOOL]),
+    }
+    (conversation,), dataset = read(file, row)
+    assert conversation.messages == [
+        {"role": "system", "content": "Be brief."},
+        user("1 + 2?"),
+        assistant("", tool_calls=[{"type": "function", "function": CALL["function"]}]),
+        {"role": "tool", "content": "3"},
+        assistant("3"),
+        user("Thanks."),
+        assistant("No."),
+    ]
+    assert conversation.is_trained == [False, False, True, False, False, False, True]
+    assert dataset.description.startswith("ShareGPT conversations in column 'conversations' with 'tools', 'system'")
+
+
+def test_alpaca(file):
+    rows = [
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},
+        {"instruction": "Go on.", "input": "", "output": "4", "system": "Be brief.", "history": [["a", "b"]]},
+    ]
+    (first, second), dataset = read(file, *rows)
+    assert first.messages == [user("Add.\n1, 2"), assistant("3")]
+    assert second.messages == [
+        {"role": "system", "content": "Be brief."},
+        user("a"),
+        assistant("b"),
+        user("Go on."),
+        assistant("4"),
+    ]
+    assert second.is_trained == [False, False, True, False, True]
+    assert dataset.description.startswith("Alpaca instructions in column 'instruction'")
+
+
+@pytest.mark.parametrize(
+    "columns", [("prompt", "completion"), ("question", "answer"), ("query", "response"), ("input", "output")]
+)
+def test_prompts_and_completions(file, columns):
+    (conversation,), _ = read(file, dict(zip(columns, ("1 + 2?", "3"), strict=True)))
+    assert conversation.messages == [user("1 + 2?"), assistant("3")]
+
+
+def test_prompts_and_completions_of_messages(file):
+    row = {"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]}
+    (conversation,), _ = read(file, row)
+    assert [message["content"] for message in conversation.messages] == ["a", "b", "c", "d"]
+    assert conversation.is_trained == [False, False, False, True]
+
+
+def test_plain_text(file):
+    dataset = ChatDataset(Recorder(), data_files=lines(file, {"text": "abc"}, {"text": ""}))
+    assert dataset[0]["tokens"].tolist() == dataset[0]["labels"].tolist() == [1, 10, 11, 12, 2]
+    assert dataset.description == "plain text in column 'text'"
+    with pytest.raises(DataError, match="text is empty"):
+        dataset[1]
+
+
+def test_token_ids(file):
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [5, 6], "attention_mask": [1, 1]}]
+    dataset = ChatDataset(Recorder(), data_files=lines(file, *rows))
+    assert [(dataset[i]["tokens"].tolist(), dataset[i]["labels"].tolist()) for i in range(2)] == [
+        ([5, 6, 7], [-100, 6, 7]),
+        ([5, 6], [5, 6]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"input_ids": [5, 100]}, "input_ids holds 100, the tokenizer has ids of 0 to 99"),
+        ({"input_ids": [5, -1]}, "input_ids holds -1, the tokenizer has ids of 0 to 99"),
+        ({"input_ids": [5, 6], "labels": [6, -100]}, "labels must equal input_ids or be -100, not shifted; these are others"),
+        ({"input_ids": [5, 6], "labels": [6]}, "labels are no list of as many as input_ids: 2"),
+        ({"input_ids": [5, 6], "attention_mask": [1, 0]}, "attention_mask is 0 somewhere: padding has no place here, cut it off"),
+        ({"input_ids": []}, "input_ids is no list of token ids"),
+    ],
+)
+def test_token_ids_that_do_not_fit(file, row, reason):
+    assert fault(file, row, good={"input_ids": [1], "labels": [1]}) == reason
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (
+            [user("a"), assistant("b", weight=0.5)],
+            "message 1 has weight=0.5; 0 leaves it out of the loss, 1 is usual, others are not",
+        ),
+        ([user("a"), assistant("b", weight=0)], "no turn is trained: train_on and the messages' weight leave out all"),
+        ([user("a")], "no assistant turn"),
+        ([{"role": "system", "content": "a"}], "only system messages"),
+        ([], "no messages"),
+        (None, "messages are no list but null"),
+        (["a"], "messages are no objects with a role and content"),
+        ([user("a"), assistant(None)], "null content"),
+        ([user("a"), {"role": "narrator", "content": "b"}], "role 'narrator' is none of system, developer, user"),
+        (
+            [user([{"type": "image_url"}]), assistant("b")],
+            "message 0 holds a part of type 'image_url', which text models do not take",
+        ),
+        ([user("a", images=["x"]), assistant("b")], "message 0 has images, which is not supported"),
+        ([user("a", tool_calls=[CALL]), assistant("b")], "message 0 has tool_calls, which only an assistant's may have"),
+        ([user("a"), assistant("b", reasoning="c", thinking="d")], "message 1 has several fields of reasoning that differ"),
+        (
+            [user("a"), assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{"}}])],
+            "message 1: a call's arguments is no",
+        ),
+        ([user("a"), assistant("", tool_calls=[{"function": {}}])], "message 1: a call has no name"),
+    ],
+)
+def test_rows_that_would_lose_something_are_refused(file, messages, reason):
+    assert reason in fault(file, {"messages": messages})
+
+
+def test_images_beside_the_conversation_are_refused(file):
+    row = {"messages": [user("a"), assistant("b")], "images": ["x.png"]}
+    assert fault(file, row) == "the row has images, which text models do not take; leave the column out if none is meant"
+
+
+def test_fields_that_are_not_used_are_counted(file):
+    row = {"messages": [user("a", mood="glad"), assistant("b", mood=None)], "chat_template_kwargs": {"x": 1}}
+    _, dataset = read(file, row)
+    assert dict(dataset[0]["notes"]) == {"column 'chat_template_kwargs' is not used": 1, "message field 'mood' is not used": 1}
+
+
+@pytest.mark.parametrize(
+    ("train_on", "is_trained"),
+    [
+        ("assistant", [False, False, True, False, True]),
+        ("last_assistant", [False, False, False, False, True]),
+        ("all", [True, True, True, True, True]),
+        (["user"], [False, True, False, True, False]),
+        (["user", "assistant"], [False, True, True, True, True]),
+    ],
+)
+def test_whose_turns_are_trained(file, train_on, is_trained):
+    messages = [{"role": "system", "content": "s"}, user("a"), assistant("b"), user("c"), assistant("d")]
+    (conversation,), _ = read(file, {"messages": messages}, train_on=train_on)
+    assert conversation.is_trained == is_trained
+    messages[-1]["weight"] = 0
+    if train_on == "all":
+        (conversation,), _ = read(file, {"messages": messages}, train_on=train_on)
+        assert conversation.is_trained == [True, True, True, True, False]
+
+
+def test_other_names_by_a_mapping(file):
+    row = {"dialog": [{"speaker": "a", "said": "x"}, {"speaker": "b", "said": "y"}], "can": [TOOL]}
+    columns = {"messages": "dialog", "role": "speaker", "content": "said", "tools": "can"}
+    (conversation,), _ = read(file, row, columns=columns, roles={"a": "user", "b": "assistant"})
+    assert (conversation.messages, conversation.tools) == ([user("x"), assistant("y")], [TOOL])
+    (conversation,), _ = read(file, {"ask": "x", "reply": "y"}, columns={"prompt": "ask", "completion": "reply"})
+    assert conversation.messages == [user("x"), assistant("y")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"columns": {"messages": "chat"}}, r"columns={messages: chat}: the rows have no such column; they have a, b"),
+        ({}, r"the rows do not fit any format: they have the columns a, b; say what they hold by columns={messages: NAME}"),
+        ({"format": "alpaca"}, "the rows do not fit format=alpaca"),
+        ({"format": "xml"}, "dataset: format=xml must be one of auto, openai"),
+        ({"train_on": "me"}, "dataset: train_on=me must be one of assistant, last_assistant, all, or a list of roles"),
+        ({"reasoning": "no"}, "dataset: reasoning=no must be one of train, mask, drop"),
+        ({"rewritten_turns": "no"}, "dataset: rewritten_turns=no must be one of mask, split, train"),
+        ({"source": "some/name"}, "source=some/name and data_files are two sources; set one of them to null"),
+        ({"split": "train[x]"}, r"dataset: split=train\[x\] is no part of 1 rows"),
+        ({"split": "test"}, "dataset: split=test: local files of JSON have the split 'train' alone"),
+    ],
+)
+def test_settings_that_cannot_work(file, arguments, reason):
+    with pytest.raises(ConfigError, match=reason):
+        ChatDataset(Recorder(), data_files=lines(file, {"a": 1, "b": 2}), **arguments)
+
+
+def test_bad_lines_are_bad_rows(file):
+    good = json.dumps({"messages": [user("a"), assistant("b")]}).encode()
+    file.write_bytes(b"\n".join([good, b'{"messages": [', b"", b"[1]", b'{"messages": "\xff"}', good, b""]))
+    dataset = ChatDataset(Recorder(), data_files=str(file))
+    assert len(dataset) == 5
+    reasons = []
+    for index in (1, 2, 3):
+        with pytest.raises(DataError) as caught:
+            dataset[index]
+        reasons.append(str(caught.value))
+    assert [reason.split(":")[0] for reason in reasons] == ["broken JSON", "no JSON object but a list", "broken UTF-8"]
+    assert len(dataset[4]["tokens"]) == 3
+
+
+ROWS = [{"messages": [user(f"a{i}"), assistant(f"b{i}")]} for i in range(6)]
+
+
+def contents(dataset, tokenizer):
+    for index in range(len(dataset)):
+        dataset[index]
+    return [conversation.messages[0]["content"] for conversation in tokenizer.conversations]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json of an array", "json of an object", "parquet", "arrow", "saved"])
+def test_kinds_of_files(tmp_path, kind):
+    path = tmp_path / f"rows.{kind.split(' ')[0]}"
+    if kind == "jsonl":
+        lines(path, *ROWS)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+    elif kind.startswith("json of"):
+        path.write_text(json.dumps(ROWS if kind.endswith("array") else {"data": ROWS}, indent=1))
+    elif kind == "parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    else:
+        datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+        path = next((tmp_path / "saved").glob("*.arrow")) if kind == "arrow" else tmp_path / "saved"
+    tokenizer = Recorder()
+    assert contents(ChatDataset(tokenizer, data_files=str(path)), tokenizer) == [f"a{i}" for i in range(6)]
+    if kind.startswith("json"):
+        tokenizer = Recorder()
+        dataset = ChatDataset(tokenizer, data_files=str(path), split="train[1:3]+train[5:]")
+        assert contents(dataset, tokenizer) == ["a1", "a2", "a5"]
+
+
+def test_a_table_of_text(tmp_path):
+    with (tmp_path / "rows.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([("prompt", "completion"), ("a, b", 'c "d"')])
+    tokenizer = Recorder()
+    ChatDataset(tokenizer, data_files=str(tmp_path / "rows.csv"))[0]
+    assert tokenizer.conversations[0].messages == [user("a, b"), assistant('c "d"')]
+
+
+def test_folders_patterns_and_several_files(tmp_path):
+    (tmp_path / "more").mkdir()
+    lines(tmp_path / "0.jsonl", *ROWS[:2])
+    lines(tmp_path / "1.jsonl", *ROWS[2:3])
+    lines(tmp_path / "more" / "2.jsonl", *ROWS[3:])
+    (tmp_path / "notes.txt").write_text("not data")
+    for data_files in (str(tmp_path), f"{tmp_path}/**/*.jsonl", [f"{tmp_path}/?.jsonl", f"{tmp_path}/more"]):
+        tokenizer = Recorder()
+        assert contents(ChatDataset(tokenizer, data_files=data_files), tokenizer) == [f"a{i}" for i in range(6)]
+    with pytest.raises(ConfigError, match=r"notes.txt must end in .jsonl, .json, .parquet, .arrow, .csv"):
+        ChatDataset(Recorder(), data_files=str(tmp_path / "notes.txt"))
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "3.parquet")
+    with pytest.raises(ConfigError, match=r"of several kinds \(json, parquet\); make a list of data sets"):
+        ChatDataset(Recorder(), data_files=str(tmp_path))
+
+
+def test_what_arrow_fills_in_is_taken_out_again(tmp_path):
+    other = {
+        "type": "function",
+        "function": {"name": "sub", "parameters": {"type": "object", "properties": {"z": {"type": "string"}}}},
+    }
+    mine = {
+        "type": "function",
+        "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}},
+    }
+    rows = [
+        {"messages": [user("a"), assistant(None, tool_calls=[CALL])], "tools": [mine]},
+        {"messages": [user("b"), assistant("c", reasoning_content="d")], "tools": [other]},
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    tokenizer = Recorder()
+    dataset = ChatDataset(tokenizer, data_files=str(tmp_path / "rows.parquet"))
+    assert dataset[0]["notes"] == {}
+    dataset[1]
+    first, second = tokenizer.conversations
+    assert (first.tools, second.tools) == ([mine], [other])
+    assert first.messages == [user("a"), assistant("", tool_calls=[CALL])]
+    assert second.messages == [user("b"), assistant("c", reasoning_content="d")]
+
+
+class OfTorchtune:
+    """A tokenizer that knows torchtune's messages alone."""
+
+    def tokenize_messages(self, messages: list[Message]):
+        self.messages = [(message.role, message.text_content, message.masked) for message in messages]
+        return [1, 2, 3], [True, True, False]
+
+
+def test_tokenizers_of_torchtune_take_text_turns(file):
+    rows = [
+        {"messages": [user("a"), assistant("b"), {"role": "tool", "content": "c"}, assistant("d")]},
+        {"messages": [user("a"), assistant("b", reasoning_content="c")]},
+        {"messages": [user("a"), assistant("b")], "tools": [TOOL]},
+    ]
+    tokenizer = OfTorchtune()
+    dataset = ChatDataset(tokenizer, data_files=lines(file, *rows))
+    assert dataset[0]["labels"].tolist() == [-100, -100, 3]
+    assert tokenizer.messages == [
+        ("user", "a", True),
+        ("assistant", "b", False),
+        ("ipython", "c", True),
+        ("assistant", "d", False),
+    ]
+    for index, what in ((1, "reasoning_content"), (2, "tools")):
+        with pytest.raises(DataError, match=rf"OfTorchtune does not know {what}; take hbp_tune.components.HFTokenizer"):
+            dataset[index]
+
+
+def test_an_estimate_counts_all_that_will_be_rendered(file):
+    rows = [
+        {"messages": [user("a" * 400), assistant("b" * 40)]},
+        {"messages": [user("a" * 400), assistant("b" * 40, reasoning_content="c" * 400)], "tools": [TOOL]},
+    ]
+    dataset = ChatDataset(CharacterEstimate(), data_files=lines(file, *rows))
+    plain, full = (len(dataset[i]["tokens"]) for i in range(2))
+    assert 100 < plain < 130
+    assert full > plain + 100
+
+
+def test_arguments_reach_the_tokenizer(file):
+    tokenizer = Recorder()
+    ChatDataset(tokenizer, data_files=lines(file, ROWS[0]), reasoning="mask", rewritten_turns="split")[0]
+    assert tokenizer.arguments == ("mask", "split")
