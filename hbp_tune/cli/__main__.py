@@ -18,11 +18,14 @@ from torchtune._cli.ls import List  # noqa: E402
 from torchtune._cli.run import Run  # noqa: E402
 
 from hbp_tune.cli.convert import add_convert  # noqa: E402
+from hbp_tune.cli.data import add_data  # noqa: E402
 from hbp_tune.cli.doctor import add_doctor  # noqa: E402
 from hbp_tune.cli.evaluate import add_eval  # noqa: E402
+from hbp_tune.cli.launch import launch  # noqa: E402
 from hbp_tune.cli.registry import PLAN, PROFILE, TRAIN, register  # noqa: E402
 from hbp_tune.cli.report import add_report  # noqa: E402
 from hbp_tune.cli.validate import add_validate  # noqa: E402
+from hbp_tune.components.config.failures import print_anywhere  # noqa: E402
 from hbp_tune.components.planning.errors import HbpError  # noqa: E402
 from hbp_tune.demo.__main__ import main as demo_main  # noqa: E402
 
@@ -36,6 +39,7 @@ From nothing to a trained model:
   hbp ls                                 recipes and configurations
   hbp download meta-llama/Llama-3.2-1B-Instruct ...
   hbp plan --config NAME world_size=8    what a run would do and gain; no GPU
+  hbp data --config NAME                 the data as they are trained
   hbp profile --nproc_per_node 8 --config NAME
                                          measure, and choose packing groups
   hbp run --nproc_per_node 8 {TRAIN} --config NAME
@@ -63,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_validate(commands)
     _add_plan(commands)
     _add_profile(commands)
+    add_data(commands)
     add_report(commands)
     add_eval(commands)
     commands.add_parser("demo", prog="hbp demo", help="Make a small data set, tokenizer and model to try things on.")
@@ -135,6 +140,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 for what the user can mend."""
+    print_anywhere()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["demo"]:
         return demo_main(given[1:], prog="hbp demo")
@@ -143,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.argv = ["hbp", *given]  # torchtune tells by it whether there are torchrun's options
     args = build_parser().parse_args(given)
     try:
-        status = args.func(args) or 0
+        status = launch(lambda: args.func(args), several_nodes=getattr(args, "nnodes", "1:1") not in ("1", "1:1"))
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # `hbp ls | head`: nobody reads on, and Python would say so once more at its end

@@ -4,9 +4,11 @@
 
     chat.jsonl                      {"source": kind, "messages": [{"role", "content"}, ...]} per line
     val.jsonl                       held-out samples of the same kinds
-    tokenizer/tokenizer.model       ranks in tiktoken's format
+    tokenizer/tokenizer.model       ranks in tiktoken's format, for torchtune's own tokenizer
     tokenizer/special_tokens.json   Llama 3's special tokens
     model/config.json               and generation_config.json
+    model/tokenizer.json            the same tokenizer in Hugging Face's format, with tokenizer_config.json and
+                                    chat_template.jinja
     model/model.safetensors         random weights in Hugging Face's format
     demo.json                       the arguments, and what came out
 
@@ -33,7 +35,7 @@ MIN_TOKENS = 256
 # The tiny model's positions.
 MAX_POSITIONS = 32768
 # Raised when the same arguments would give other files.
-_FORMAT = 2
+_FORMAT = 3
 # Plenty for two thousand tokens, and trained on in about a second.
 _TRAINING_CHARS = 2_500_000
 
@@ -78,7 +80,7 @@ class DemoFiles:
 
     @property
     def checkpoint_dir(self) -> Path:
-        """The folder with ``config.json`` and ``model.safetensors``."""
+        """The folder with ``config.json``, ``model.safetensors`` and the tokenizer."""
         return self.directory / "model"
 
     @property
@@ -159,7 +161,9 @@ def _check_arguments(num_samples: int, max_tokens: int, seed: int) -> None:
 
 
 def _written(files: DemoFiles) -> list[Path]:
-    model = [files.checkpoint_dir / name for name in ("config.json", "generation_config.json", "model.safetensors")]
+    model = [
+        files.checkpoint_dir / name for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+    ]
     return [files.data_file, files.held_out_file, files.tokenizer_file, files.special_tokens_file, *model]
 
 
@@ -191,11 +195,12 @@ def _write_record(directory: Path, record: dict[str, Any]) -> None:
 def _write_data(directory: Path, *, num_samples: int, max_tokens: int, seed: int) -> "list[Sample]":
     from hbp_tune.demo.samples import choose_held_out, choose_samples
     from hbp_tune.demo.stdlib import read_modules
-    from hbp_tune.demo.tokenizer import ChatCounter, train_ranks, write_tokenizer
+    from hbp_tune.demo.tokenizer import ChatCounter, train_ranks, write_hf_tokenizer, write_tokenizer
 
     modules = read_modules()
     ranks = train_ranks(_training_texts(modules))
     write_tokenizer(directory / "tokenizer", ranks)
+    write_hf_tokenizer(directory / "model", ranks)
     count_tokens = ChatCounter(ranks)
     samples = choose_samples(modules, count_tokens, num_samples=num_samples, max_tokens=max_tokens, seed=seed)
     num_held_out = max(MIN_SAMPLES, num_samples // 10)

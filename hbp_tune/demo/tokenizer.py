@@ -1,7 +1,8 @@
 """A small tokenizer with Llama 3's special tokens and chat format, trained on the demo's own text.
 
-Two files, as ``torchtune.models.llama3.llama3_tokenizer`` reads them: ``tokenizer.model``, the ranks in tiktoken's format, and
-``special_tokens.json``, the special tokens with their ids.
+It is written twice: beside the model as any checkpoint on the hub has it (``tokenizer.json``, ``tokenizer_config.json`` and
+``chat_template.jinja``), and as torchtune's ``llama3_tokenizer`` reads it (``tokenizer.model``, the ranks in tiktoken's format,
+and ``special_tokens.json``).
 """
 
 import base64
@@ -11,10 +12,13 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hbp_tune.demo import DemoError
+
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 VOCAB_SIZE = 2048
 # The names, and their order, of the real Llama 3 vocabulary; their ids are the last ones of ours.
@@ -38,12 +42,16 @@ def special_token_ids(vocab_size: int = VOCAB_SIZE) -> dict[str, int]:
     return {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
 
 
-@lru_cache(maxsize=1)
-def byte_alphabet() -> dict[str, int]:
-    """The letter that stands for each byte in Hugging Face's byte-level vocabularies (GPT-2's table), to the byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+# Llama 3's chat format: a header for each turn, and no system turn of its own.
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
 
 
 def train_ranks(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> list[bytes]:
@@ -60,9 +68,9 @@ def train_ranks(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> list[byte
     Raises:
         DemoError: the vocabulary is too small for the bytes, or the texts are too few for the vocabulary.
     """
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, trainers
 
-    from hbp_tune.components.models.torchtune_seam import CL100K_PATTERN
+    from hbp_tune.components.data.byte_pairs import byte_letters
 
     num_ranks = vocab_size - len(SPECIAL_TOKENS)
     if num_ranks < 256:
@@ -71,24 +79,65 @@ def train_ranks(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> list[byte
             f"vocab_size={vocab_size} must be at least {smallest}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
         )
     bpe = Tokenizer(models.BPE())
-    # The split that torchtune's tokenizer makes before it merges: a token that crosses it would never be used.
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CL100K_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    bpe.pre_tokenizer = _words()
     trainer = trainers.BpeTrainer(
-        vocab_size=num_ranks, initial_alphabet=sorted(byte_alphabet()), show_progress=False, special_tokens=[]
+        vocab_size=num_ranks, initial_alphabet=sorted(byte_letters()), show_progress=False, special_tokens=[]
     )
     bpe.train_from_iterator(texts, trainer)
-    alphabet = byte_alphabet()
+    alphabet = byte_letters()
     vocab = sorted(bpe.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
     ranks = [bytes(alphabet[letter] for letter in token) for token, _ in vocab]
     if len(ranks) < num_ranks:
         raise DemoError(f"the texts give {len(ranks)} tokens, vocab_size={vocab_size} needs {num_ranks}; give more text")
     assert sorted(ranks[:256]) == [bytes([byte]) for byte in range(256)]
     return ranks
+
+
+def _words() -> "PreTokenizer":
+    """The split that torchtune's tokenizer makes before it merges: a token that crosses it would never be used."""
+    from tokenizers import Regex, pre_tokenizers
+
+    from hbp_tune.components.models.torchtune_seam import CL100K_PATTERN
+
+    split = pre_tokenizers.Split(Regex(CL100K_PATTERN), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def write_hf_tokenizer(directory: Path, ranks: Sequence[bytes]) -> None:
+    """Write the tokenizer and its chat template as Hugging Face checkpoints have them."""
+    from tokenizers import Tokenizer, decoders, models
+
+    from hbp_tune.components.data.byte_pairs import byte_letters
+
+    letter_of = {byte: letter for letter, byte in byte_letters().items()}
+    vocab = {"".join(letter_of[byte] for byte in token): rank for rank, token in enumerate(ranks)}
+    # Every two tokens that make one, in the order of the ranks: what tiktoken joins.
+    merges = [
+        (token[:cut], token[cut:])
+        for token in vocab
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = _words()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    assert tokenizer.token_to_id(SPECIAL_TOKENS[0]) == len(ranks)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|eot_id|>",
+        "pad_token": "<|finetune_right_pad_id|>",
+        "clean_up_tokenization_spaces": False,
+    }
+    files = {
+        "tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        "chat_template.jinja": CHAT_TEMPLATE,
+    }
+    for name, text in files.items():
+        (directory / name).write_bytes(text.encode())
 
 
 def write_tokenizer(directory: Path, ranks: Sequence[bytes]) -> None:
@@ -119,7 +168,7 @@ def forget_cached(path: Path) -> None:
 
 
 class ChatCounter:
-    """Counts a conversation's tokens in chat format; the same number as torchtune's ``tokenize_messages`` gives.
+    """Counts a conversation's tokens in chat format; the same number as the chat template gives.
 
     torchtune's ``encode`` walks through the text letter by letter to guard against long runs without white space. Source code
     has none, and without that walk the modules of a whole standard library are counted in seconds.
@@ -143,6 +192,6 @@ class ChatCounter:
         return len(self._encode(text))
 
     def __call__(self, messages: Sequence[dict[str, str]]) -> int:
-        """Tokens of one conversation, with begin and end of text."""
+        """Tokens of one conversation, with the beginning of the text."""
         turns = sum(self._turn_tokens[message["role"]] + self._count(message["content"].strip()) for message in messages)
-        return turns + 2
+        return turns + 1

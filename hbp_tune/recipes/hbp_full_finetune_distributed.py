@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -36,6 +37,7 @@ from hbp_tune.components import (
     ForwardGradientHead,
     GroupSwitch,
     HFConfig,
+    HFTokenizer,
     HierarchicalPackedDataset,
     LoadedData,
     PackBatch,
@@ -74,12 +76,14 @@ from hbp_tune.components import (
     model_shape,
     num_bytes,
     open_data,
+    output_folder,
     pack_loader,
     parallelize_decoder,
     peak_flops_per_s,
     plan_comparison,
     plan_validation,
     print_plan,
+    print_sample,
     read_plan,
     report_bad_rows,
     report_overlong,
@@ -89,6 +93,7 @@ from hbp_tune.components import (
     set_aside,
     setting,
     together,
+    view_sample,
 )
 
 log = utils.get_logger("INFO")
@@ -136,7 +141,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             join_process_group(backend, os.environ, self._timeout)
         self.world_size, self.rank = utils.get_world_size_and_rank()
         self._is_rank_zero = self.rank == 0
-        self._output_dir = Path(cfg.output_dir)
+        self._output_dir = output_folder(cfg.output_dir)
         # Between micro-steps FSDP2 keeps shards of the gradients, or, for a slow network, whole ones on every rank.
         self._sharded_accumulation = cfg.get("fsdp_sharded_accumulation", True)
         self._log_every_n_steps = cfg.get("log_every_n_steps") or 1
@@ -272,6 +277,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         data, store = together(work, name=f"token store of {key}", timeout_s=timeout_s, timeout_key="token_store_timeout_s")
         for line in data.describe() if self._is_rank_zero else ():
             log.info(line)
+        if self._is_rank_zero and key == "dataset":
+            print_sample(view_sample(data, store, self._tokenizer, 0), Console(highlight=False))
         return data, store
 
     def _setup_validation(self, cfg: DictConfig) -> Validator:
@@ -510,6 +517,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             self._checkpointer.save_checkpoint({training.MODEL_KEY: state_dict}, epoch=epoch)
             if self._hf_config:
                 self._hf_config.write(epoch)
+                if isinstance(self._tokenizer, HFTokenizer):
+                    self._tokenizer.export(self._output_dir / f"epoch_{epoch}")
 
         # An error on rank 0, such as a full disk, is one on every rank: none waits for it in vain.
         from_rank_zero(partial(export_weights, export, self._output_dir, num_bytes(state_dict)))

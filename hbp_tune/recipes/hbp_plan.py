@@ -12,7 +12,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from hbp_tune.components import (
     PlanMetrics,
     PlanReport,
     RowPlace,
+    SampleView,
     adapt_decoder,
     build,
     candidate_groups,
@@ -65,6 +66,7 @@ from hbp_tune.components import (
     model_shape,
     one_length_group,
     open_data,
+    output_folder,
     paper_rule,
     plan_baseline,
     plan_warnings,
@@ -82,6 +84,7 @@ from hbp_tune.components import (
     setting,
     simulate,
     synthetic_lengths,
+    view_samples,
     write_groups,
     write_plan,
     write_summary,
@@ -131,9 +134,10 @@ class HBPPlanRecipe:
         self._trace_steps = cfg.get("trace") or 0
         if not isinstance(self._trace_steps, int) or self._trace_steps < 0:
             raise ConfigError(f"trace={cfg.trace!r} must be a whole number of optimizer steps, or be left out")
-        self._output_dir = Path(cfg.output_dir)
+        self._output_dir = output_folder(cfg.output_dir)
         self._console = Console(highlight=False, soft_wrap=True)
         self._seconds: dict[str, float] = {}
+        self._samples: Sequence[SampleView] = ()
         self._notes = [] if cfg.get("world_size") else [f"Planned for {self.world_size} ranks; set world_size=N for others."]
         self.seed = training.set_seed(seed=cfg.get("seed"))
         if cfg.get("seed") is None:
@@ -237,7 +241,9 @@ class HBPPlanRecipe:
             self._count_targets = lambda longest: estimated.num_targets
             self._lengths_from = f"estimated from the text's bytes, as the tokenizer's {missing[0]} does not exist"
         else:
-            loaded, store = open_data(data, build("tokenizer", cfg.tokenizer), directory, Builder.alone())
+            tokenizer = build("tokenizer", cfg.tokenizer)
+            loaded, store = open_data(data, tokenizer, directory, Builder.alone())
+            self._samples = view_samples(loaded, store, tokenizer)
             self._count_targets = store.num_targets_within
             self._lengths_from = "the data set's tokens"
         self._lengths, self._places = loaded.counts.lengths, loaded.places
@@ -280,6 +286,7 @@ class HBPPlanRecipe:
                 *plan_warnings(plans[0]),
             ),
             seconds=self._seconds,
+            samples=self._samples,
         )
 
     def _plan_epoch(self, epoch: int, *, first_step: int) -> EpochPlan:

@@ -57,6 +57,7 @@ from hbp_tune.components import (
     join_process_group,
     model_shape,
     open_data,
+    output_folder,
     paper_rule,
     parallelize_decoder,
     print_choice,
@@ -124,7 +125,7 @@ class HBPProfileGroupsRecipe:
                 raise ConfigError("start with torchrun: tune run --nproc_per_node N hbp_profile_groups --config ...")
             join_process_group(training.get_distributed_backend(self._device.type), os.environ, self._timeout)
         self.world_size, self.rank = utils.get_world_size_and_rank()
-        self._output_dir = Path(cfg.output_dir)
+        self._output_dir = output_folder(cfg.output_dir)
         self._planner = build("planner", planner) if (planner := setting(cfg, "planner")) else BalancePlanner()
         scheme = setting(cfg, "context_parallel") or "auto"
         self._context_parallel = select_context_parallel(scheme) if isinstance(scheme, str) else build("context_parallel", scheme)

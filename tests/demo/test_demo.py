@@ -90,6 +90,13 @@ def tokenizer(demo, torchtune_names):
 
 
 @pytest.fixture(scope="module")
+def hf_tokenizer(demo):
+    from hbp_tune.components.data.hf_tokenizer import HFTokenizer
+
+    return HFTokenizer(str(demo.checkpoint_dir))
+
+
+@pytest.fixture(scope="module")
 def rows(demo) -> list[dict]:
     return [json.loads(line) for line in demo.data_file.read_text(encoding="utf-8").split("\n") if line]
 
@@ -120,11 +127,14 @@ def test_held_out_rows_are_alike_and_share_no_answer(demo, rows):
     assert answers(held_out).isdisjoint(answers(rows))
 
 
-def test_the_record_has_the_lengths_that_torchtune_counts(demo, rows, tokenizer, torchtune_names):
+def test_the_record_has_the_lengths_of_the_chat_template(demo, rows, tokenizer, hf_tokenizer, torchtune_names):
     counted: dict[str, list[int]] = {}
     for row in rows:
         messages = [torchtune_names.Message(role=m["role"], content=m["content"]) for m in row["messages"]]
-        counted.setdefault(row["source"], []).append(len(tokenizer.tokenize_messages(messages)[0]))
+        tokens = hf_tokenizer.tokenize_messages(messages)[0]
+        counted.setdefault(row["source"], []).append(len(tokens))
+        # torchtune's own tokenizer gives the same, and Llama 3's end of text behind it.
+        assert tokenizer.tokenize_messages(messages)[0] == [*tokens, tokenizer.special_tokens["<|end_of_text|>"]]
     assert {kind: sorted(lengths) for kind, lengths in counted.items()} == demo.sample_tokens
 
 
@@ -182,7 +192,13 @@ def small_parts(monkeypatch):
 
     def write_data(directory: Path, **arguments: int) -> list:
         made.append(arguments)
-        for name in ("chat.jsonl", "val.jsonl", "tokenizer/tokenizer.model", "tokenizer/special_tokens.json"):
+        for name in (
+            "chat.jsonl",
+            "val.jsonl",
+            "tokenizer/tokenizer.model",
+            "tokenizer/special_tokens.json",
+            "model/tokenizer.json",
+        ):
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_text("")
         return []
@@ -342,10 +358,12 @@ def test_the_vocabulary_fits_the_model(demo, tokenizer, torchtune_names):
     assert len(tokenizer.encode(code, add_bos=False, add_eos=False)) < len(code) / 2
 
 
-def test_byte_alphabet_is_the_published_one(torchtune_names):
+def test_byte_alphabet_is_the_published_one():
     from tokenizers.pre_tokenizers import ByteLevel
 
-    alphabet = torchtune_names.tokenizer.byte_alphabet()
+    from hbp_tune.components.data.byte_pairs import byte_letters
+
+    alphabet = byte_letters()
     assert sorted(alphabet) == sorted(ByteLevel.alphabet())
     assert sorted(alphabet.values()) == list(range(256))
     assert {alphabet[letter] for letter in "Aé"} == {0x41, 0xE9}
