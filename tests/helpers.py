@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchtune import config, training
 
-from hbp_tune.components import BalancePlanner, CostModel, EpochPlan, PackingGroup, model_shape
+from hbp_tune.components import BalancePlanner, CostModel, EpochPlan, PackingGroup, cut_of, model_shape
 from hbp_tune.components.config.packaged import packaged_configs
+from hbp_tune.components.planning.truncation import kept_tokens
 from hbp_tune.demo.model import TinyLlama, build, write_checkpoint
 from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed
 from tests.parallel.packs import block_causal
@@ -166,13 +167,24 @@ def plan_of(cfg: DictConfig, world_size: int, epoch: int = 0) -> tuple[EpochPlan
     dataset = random_tokens(None, **{k: v for k, v in cfg.dataset.items() if k != "_component_"})
     lengths = np.array(dataset.lengths, dtype=np.int32)
     longest = max(group.pack_len for group in cfg.groups)
-    num_targets = np.array([sum(label != -100 for label in dataset[i]["labels"][1:longest]) for i in range(len(dataset))])
+    cut = cut_of(cfg.planner.get("overlong", "error"))
+    num_targets = np.array(
+        [sum(label != -100 for label in cut_sample(dataset[i], longest, cut)["labels"][1:]) for i in range(len(dataset))]
+    )
     groups = [PackingGroup(**{k: v for k, v in group.items() if k != "_component_"}) for group in cfg.groups]
     planner = BalancePlanner(**{k: v for k, v in cfg.planner.items() if k != "_component_"})
     with torch.device("meta"):
         cost = CostModel(model_shape(config.instantiate(cfg.model)))
     plan = planner.plan(lengths, num_targets, groups, world_size=world_size, seed=cfg.seed, epoch=epoch, cost=cost)
     return plan, dataset
+
+
+def cut_sample(sample: dict[str, Any], max_len: int, cut: str) -> dict[str, Any]:
+    """Cut a sample as plans that truncate do."""
+    if len(sample["labels"]) <= max_len:
+        return sample
+    kept = kept_tokens(np.array(sample["labels"]) != -100, max_len, cut)
+    return {key: [values[i] for i in kept] for key, values in sample.items()}
 
 
 TokenLosses = list[list[list[torch.Tensor]]]
@@ -201,8 +213,8 @@ def train_reference(
         losses: TokenLosses = [[] for _ in range(plan.pack_micro_step[mine].max() + 1)]
         for index in np.flatnonzero(mine & (np.diff(plan.pack_offsets) > 0)):
             pack = plan.pack(int(index), int(plan.pack_first_rank[index]))
-            placed = [(dataset[int(i)], length) for i, length in zip(pack.sample_ids, pack.lengths, strict=True)]
-            samples = [{key: of[:length] for key, of in sample.items()} for sample, length in placed]
+            placed = [(dataset[int(i)], int(length)) for i, length in zip(pack.sample_ids, pack.lengths, strict=True)]
+            samples = [cut_sample(sample, length, plan.cut) for sample, length in placed]
             losses[plan.pack_micro_step[index]].append(_dense_losses(model, samples))
         loss = reduce(losses)
         loss.backward()

@@ -115,6 +115,7 @@ from hbp_tune.components.planning.simulation import PackWork as PackWork
 from hbp_tune.components.planning.simulation import simulate as simulate
 from hbp_tune.components.planning.stages import ShortFirst as ShortFirst
 from hbp_tune.components.planning.stages import Staged as Staged
+from hbp_tune.components.planning.truncation import cut_of as cut_of
 from hbp_tune.components.reporting.advice import expected_time as expected_time
 from hbp_tune.components.reporting.advice import headline as headline
 from hbp_tune.components.reporting.advice import plan_warnings as plan_warnings

@@ -62,6 +62,7 @@ from hbp_tune.components import (
     check_positions,
     check_saved_plan,
     check_targets,
+    cut_of,
     data_settings,
     default_store_directory,
     describe_layouts,
@@ -180,7 +181,9 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self._checkpointer = self._setup_checkpointer(cfg.checkpointer)
         self._num_workers = cfg.get("num_workers") or 0
         self._data, self._store = self._setup_data(cfg, "dataset")
-        self._num_targets = self._store.num_targets_within(self._groups[-1].pack_len)
+        self._num_targets = self._store.num_targets_within(
+            self._groups[-1].pack_len, cut_of(getattr(self._planner, "overlong", "error"))
+        )
         self._validator = self._setup_validation(cfg) if "dataset_val" in self._data_settings else None
         self._progress = ProgressSaver(
             progress,

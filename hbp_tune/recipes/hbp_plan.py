@@ -51,6 +51,7 @@ from hbp_tune.components import (
     check_config,
     check_groups,
     check_positions,
+    cut_of,
     data_settings,
     decoder_shape,
     default_store_directory,
@@ -66,7 +67,6 @@ from hbp_tune.components import (
     model_shape,
     one_length_group,
     open_data,
-    output_folder,
     paper_rule,
     plan_baseline,
     plan_warnings,
@@ -134,7 +134,7 @@ class HBPPlanRecipe:
         self._trace_steps = cfg.get("trace") or 0
         if not isinstance(self._trace_steps, int) or self._trace_steps < 0:
             raise ConfigError(f"trace={cfg.trace!r} must be a whole number of optimizer steps, or be left out")
-        self._output_dir = output_folder(cfg.output_dir)
+        self._output_dir = Path(cfg.output_dir)
         self._console = Console(highlight=False, soft_wrap=True)
         self._seconds: dict[str, float] = {}
         self._samples: Sequence[SampleView] = ()
@@ -191,7 +191,7 @@ class HBPPlanRecipe:
         shortage = f"{smallest.name} over {smallest.cp_degree} ranks needs {needed_gib:.1f} of {budget_gib:g} GiB"
         check_candidates(candidates, longest if overlong == "error" else 0, shortage=shortage)
         most = max(group.pack_len for group in candidates)
-        lengths = np.minimum(self._lengths, most) if overlong == "truncate" else self._lengths[self._lengths <= most]
+        lengths = np.minimum(self._lengths, most) if overlong.startswith("truncate") else self._lengths[self._lengths <= most]
         selector = GroupSelector(lengths, planner=self._planner, cost=self._cost, world_size=self.world_size, seed=self.seed)
         choice = selector.select(candidates)
         rule = paper_rule([(group, selector.s_per_token(group)) for group in candidates], fewest)
@@ -244,7 +244,7 @@ class HBPPlanRecipe:
             tokenizer = build("tokenizer", cfg.tokenizer)
             loaded, store = open_data(data, tokenizer, directory, Builder.alone())
             self._samples = view_samples(loaded, store, tokenizer)
-            self._count_targets = store.num_targets_within
+            self._count_targets = partial(store.num_targets_within, cut=cut_of(getattr(self._planner, "overlong", "error")))
             self._lengths_from = "the data set's tokens"
         self._lengths, self._places = loaded.counts.lengths, loaded.places
         self._draw = lambda epoch: loaded.draw(seed=self.seed, epoch=epoch)
@@ -315,7 +315,7 @@ class HBPPlanRecipe:
                 world_size=self.world_size,
                 seed=self.seed,
                 tokens_per_step=getattr(self._planner, "tokens_per_step", None),  # a planner of the user's may have none
-                overlong="drop" if len(plan.dropped) else "truncate" if len(plan.truncated) else "error",
+                overlong=plan.cut if len(plan.truncated) else "drop" if len(plan.dropped) else "error",
                 sample_ids=self._draw(0),
             )
             metrics[name] = measure(baseline, self._cost, self._classes)

@@ -329,7 +329,7 @@ class HBPProfileGroupsRecipe:
         fitted = fit_rates(self._shape, self._profile.measurements, starting_rates(self._device))
         cost = CostModel(self._shape, fitted.rates)
         most = max(group.pack_len for group in fitting)
-        lengths = np.minimum(self._lengths, most) if overlong == "truncate" else self._lengths
+        lengths = np.minimum(self._lengths, most) if overlong.startswith("truncate") else self._lengths
         lengths = lengths[lengths <= most] if overlong == "drop" else lengths
         selector = GroupSelector(lengths, planner=self._planner, cost=cost, world_size=self.world_size)
         choice = selector.select(fitting)

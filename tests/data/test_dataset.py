@@ -14,6 +14,7 @@ from hbp_tune.components import (
     CpDegrees,
     EpochPlan,
     HierarchicalPackedDataset,
+    PackBatch,
     PackingGroup,
     TokenStore,
     open_token_store,
@@ -21,6 +22,7 @@ from hbp_tune.components import (
 )
 from hbp_tune.components.data.dataset import Layout, by_heads
 from hbp_tune.components.planning.sharding import local_rows, padded_len, share_out
+from hbp_tune.components.planning.truncation import cut_of, kept_tokens
 from tests.helpers import RandomTokens, mixed_lengths
 
 GROUPS = (PackingGroup(name="short", pack_len=256), PackingGroup(name="long", pack_len=1024, cp_degree=2))
@@ -102,18 +104,33 @@ def test_an_empty_pack_is_one_unit_of_padding(tmp_path: Path) -> None:
     assert empty.is_last_micro_step
 
 
-def test_a_truncated_sample_predicts_nothing_past_its_cut(tmp_path: Path) -> None:
-    source = RandomTokens([300, 20], 100, seed=2)
+def truncated_batch(source: RandomTokens, tmp_path: Path, cut: str) -> PackBatch:
     store = open_token_store([source], tmp_path / "store")
-    plan = BalancePlanner(overlong="truncate").plan(
-        store.lengths, store.num_targets_within(256), GROUPS[:1], world_size=1, seed=0
-    )
+    plan = BalancePlanner(overlong=cut).plan(store.lengths, store.num_targets_within(256, cut), GROUPS[:1], world_size=1, seed=0)
     assert plan.truncated.tolist() == [0]
     index = next(i for i in plan.indices_for_rank(0) if 0 in plan.pack(int(i), 0).sample_ids)
-    batch = HierarchicalPackedDataset(store, plan, np.ones(2), 0)[int(index)]
+    return HierarchicalPackedDataset(store, plan, np.ones(2), 0)[int(index)]
+
+
+def test_a_truncated_sample_predicts_nothing_past_its_cut(tmp_path: Path) -> None:
+    source = RandomTokens([300, 20], 100, seed=2)
+    batch = truncated_batch(source, tmp_path, "truncate_end")
     sample = source[0]
     assert batch.tokens[0, :256].tolist() == sample["tokens"][:256]
     assert batch.labels[0, :256].tolist() == [*sample["labels"][1:256], -100]
+
+
+@pytest.mark.parametrize("cut", ["truncate", "truncate_start"])
+def test_a_sample_whose_prompt_is_cut_keeps_its_answer(tmp_path: Path, cut: str) -> None:
+    source = RandomTokens([330, 20], 100, seed=2)  # the first 110 tokens are its prompt
+    sample = source[0]
+    is_target = np.array(sample["labels"]) != -100
+    kept = kept_tokens(is_target, 256, cut_of(cut))
+    batch = truncated_batch(source, tmp_path, cut)
+    assert batch.tokens[0, :256].tolist() == [sample["tokens"][i] for i in kept]
+    assert batch.labels[0, :256].tolist() == [*(sample["labels"][i] for i in kept[1:]), -100]
+    assert batch.input_pos[0, :256].tolist() == list(range(256)), "positions run through"
+    assert (batch.labels[0, :256] != -100).sum() == 220, "every target is there"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

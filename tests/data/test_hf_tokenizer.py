@@ -379,7 +379,7 @@ def test_settings_that_cannot_work_are_said(folders, arguments, fault):
 
 
 def test_folders_without_a_tokenizer_are_said(folders, tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no tokenizer: none of tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"holds no tokenizer: no tokenizer\.json"):
         HFTokenizer(str(tmp_path))
     with pytest.raises(ConfigError, match="is a file; name its folder"):
         HFTokenizer(str(folders["qwen3"] / "tokenizer.json"))

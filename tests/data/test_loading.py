@@ -205,6 +205,8 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(DataError, match=message):
         open_data(settings(str(broken)), Letters(), file / "stores", builder)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", file / "cache")
-    message = rf"^dataset: Hugging Face's cache cannot be written: {file}/cache.*: Not a directory; set .*HF_HOME or HF_DATASETS_CACHE"
+    message = (
+        rf"^dataset: Hugging Face's cache cannot be written: {file}/cache.*: Not a directory; set .*HF_HOME or HF_DATASETS_CACHE"
+    )
     with pytest.raises(DataError, match=message):
         opened(settings(write(tmp_path / "other.jsonl", ROWS)), tmp_path)

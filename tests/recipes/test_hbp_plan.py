@@ -198,7 +198,7 @@ def test_what_planning_warns_of_is_said_once(tmp_path: Path, capsys: pytest.Capt
     assert report.warnings[0].startswith("1 of 159 samples are longer than pack_len=512 of the longest group 'long'")
     for line in report.warnings:
         assert f"warning: {line}" in output
-    assert (tmp_path / "out/overlong.csv").read_text().split()[1:] == [f"158,{cfg.lengths},,158,,2000"]
+    assert (tmp_path / "out/overlong.csv").read_text().split()[1:] == [f"158,{cfg.lengths},,158,,2000,dropped"]
 
 
 def test_a_plan_by_chance_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

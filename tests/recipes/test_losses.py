@@ -15,7 +15,7 @@ GROUPS = {
     2: [{"name": "short", "pack_len": 128}, {"name": "long", "pack_len": 384, "cp_degree": 2}],
     4: [{"name": "short", "pack_len": 128}, {"name": "long", "pack_len": 384, "cp_degree": 4}],
 }
-# The last one's targets all lie behind the cut: a pack of its own, without any target.
+# The last one is cut to a pack of its own, in which its prompt has but 32 tokens left.
 LENGTHS = [*mixed_lengths(40, 384, seed=3), 1200]
 
 
@@ -63,6 +63,6 @@ def test_every_loss_equals_its_formula_in_one_process(ranks: Callable[[int], Ran
         for step, (left, right) in enumerate(zip(runs[name], want, strict=True)):
             for key in ("loss", "grad_norm"):
                 assert left[key] == pytest.approx(right[key], rel=1e-5), f"{key} of {name} at step {step}"
-    assert len(plan.truncated) == 1, "a sample without any target is among them"
+    assert len(plan.truncated) == 1, "a sample that is cut is among them"
     assert plan.pack_micro_step.max() > 0, "the losses differ by accumulation too"
     assert len({tuple(round(step["loss"], 4) for step in steps) for steps in runs.values()}) == 4, "no loss stands in for another"

@@ -13,16 +13,17 @@ import pytest
 
 from hbp_tune.components.planning.errors import DataError
 from hbp_tune.components.planning.records import EpochPlan
+from hbp_tune.components.planning.truncation import CUTS
 from hbp_tune.components.reporting import plan_files
 from hbp_tune.components.reporting.plan_files import plan_summary, read_plan, write_plan, write_summary
 from hbp_tune.components.reporting.report import PlanReport
 
-ARRAYS = [field.name for field in dataclasses.fields(EpochPlan) if field.name not in {"groups", "world_size"}]
+ARRAYS = [field.name for field in dataclasses.fields(EpochPlan) if field.name not in {"groups", "world_size", "cut"}]
 COLUMNS = ["epoch", "step", "micro_step", "group", "pack_len", "cp_degree", "first_rank", "pack", "slot", "sample", "length"]
 
 
 def assert_equal(read: EpochPlan, written: EpochPlan) -> None:
-    assert (read.groups, read.world_size, read.hash) == (written.groups, written.world_size, written.hash)
+    assert (read.groups, read.world_size, read.cut, read.hash) == (written.groups, written.world_size, written.cut, written.hash)
     for name in ARRAYS:
         found, wanted = getattr(read, name), getattr(written, name)
         assert found.dtype == wanted.dtype, name
@@ -33,7 +34,7 @@ def assert_equal(read: EpochPlan, written: EpochPlan) -> None:
 def test_plans_come_back_exactly(draw_plan: Callable[[int], EpochPlan], tmp_path: Path, seed: int) -> None:
     plan = draw_plan(seed)
     left_out = np.random.default_rng(seed).integers(0, 2**31 - 1, (2, seed), dtype=np.int32)
-    plan = dataclasses.replace(plan, dropped=left_out[0], truncated=left_out[1])
+    plan = dataclasses.replace(plan, dropped=left_out[0], truncated=left_out[1], cut=CUTS[seed % 3])
     write_plan(tmp_path / "new" / "plan.parquet", [plan])
     (read,) = read_plan(tmp_path / "new" / "plan.parquet")
     assert_equal(read, plan)
@@ -169,8 +170,8 @@ def test_rows_left_out(written: Path) -> None:
     ("plan", "message"),
     [
         (b"{", r"the metadata of the plan cannot be read \(JSONDecodeError"),
-        (b'{"format": 1}', r"the metadata of the plan cannot be read \(KeyError\('groups'\)\); plan again"),
-        (b'{"format": 2}', r"holds a plan of format 2, this version reads 1; plan again"),
+        (b'{"format": 2}', r"the metadata of the plan cannot be read \(KeyError\('groups'\)\); plan again"),
+        (b'{"format": 1}', r"holds a plan of format 1, this version reads 2; plan again"),
     ],
 )
 def test_damaged_metadata(written: Path, plan: bytes, message: str) -> None:
@@ -248,3 +249,8 @@ def test_what_does_not_exist_is_null(by_hand: EpochPlan, report_on: Callable[...
 def test_a_report_needs_its_baseline(by_hand: EpochPlan, report_on: Callable[..., PlanReport]) -> None:
     with pytest.raises(AssertionError, match=r"the metrics of the naive plan belong into baselines\['isf'\]"):
         report_on(by_hand, baselines={})
+
+
+def test_a_folder_is_no_plan(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"plan {tmp_path} is a folder; name the file in it, such as {tmp_path}/plan.parquet"):
+        read_plan(tmp_path)

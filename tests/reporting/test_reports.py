@@ -60,7 +60,11 @@ def test_overlong_samples_are_listed_by_data_set_and_row(tmp_path: Path) -> None
         f"dropped, all listed in {tmp_path / 'new' / 'overlong.csv'}"
     )
     listed = (tmp_path / "new/overlong.csv").read_text().split()
-    assert listed == ["sample_id,dataset,file,row,line,num_tokens", "1,chat,a.jsonl,1,3,300", "3,hub,,7,,400"]
+    assert listed == [
+        "sample_id,dataset,file,row,line,num_tokens,what",
+        "1,chat,a.jsonl,1,3,300,dropped",
+        "3,hub,,7,,400,dropped",
+    ]
 
 
 def test_what_was_drawn_twice_is_counted_twice_and_listed_once(tmp_path: Path) -> None:
@@ -73,7 +77,10 @@ def test_what_was_drawn_twice_is_counted_twice_and_listed_once(tmp_path: Path) -
     line = report_overlong(plan, lengths, tmp_path, unknown_places)
     assert line is not None
     assert line.startswith("1 of 3 samples are longer than pack_len=256")
-    assert (tmp_path / "overlong.csv").read_text().split() == ["sample_id,dataset,file,row,line,num_tokens", "1,some,,1,,300"]
+    assert (tmp_path / "overlong.csv").read_text().split() == [
+        "sample_id,dataset,file,row,line,num_tokens,what",
+        "1,some,,1,,300,dropped",
+    ]
 
 
 def test_nothing_overlong_nothing_said(tmp_path: Path) -> None:
@@ -127,9 +134,14 @@ def test_large_figures_stay_whole(width: int) -> None:
 
 
 def test_truncated_samples_are_listed_at_their_stored_length(tmp_path: Path) -> None:
-    lengths = np.array([10, 300, 257], dtype=np.int32)
-    plan = BalancePlanner(overlong="truncate").plan(lengths, lengths, GROUPS, world_size=2, seed=0)
+    lengths, num_targets = np.array([10, 300, 257, 999], dtype=np.int32), np.array([1, 1, 1, 0], dtype=np.int32)
+    plan = BalancePlanner(overlong="truncate").plan(lengths, num_targets, GROUPS, world_size=2, seed=0)
     line = report_overlong(plan, lengths, tmp_path, unknown_places)
     assert line is not None
-    assert line.endswith(f"; truncated, all listed in {tmp_path / 'overlong.csv'}")
-    assert (tmp_path / "overlong.csv").read_text().split()[1:] == ["1,some,,1,,300", "2,some,,2,,257"]
+    dropped = "1 dropped, as no target of theirs would be left"
+    assert line.endswith(f"; 2 cut by truncate_middle, {dropped}, all listed in {tmp_path / 'overlong.csv'}")
+    assert (tmp_path / "overlong.csv").read_text().split()[1:] == [
+        "1,some,,1,,300,truncate_middle",
+        "2,some,,2,,257,truncate_middle",
+        "3,some,,3,,999,dropped",
+    ]

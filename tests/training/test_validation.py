@@ -29,18 +29,19 @@ def test_buckets_double_until_they_hold_the_longest_pack(longest: int, bounds: l
     assert bucket_bounds(longest).tolist() == bounds
 
 
-def test_a_step_without_target_is_fine(tmp_path: Path) -> None:
-    store = store_of(tmp_path, [250, 1000, 1000])  # a third of each sample is masked: cut to 256 tokens, two have no target
-    planner = BalancePlanner(overlong="truncate")
-    with pytest.raises(PackingError, match="has no target"):
-        planner.plan(store.lengths, store.num_targets_within(256), GROUPS, world_size=2, seed=0)
-    plan = plan_validation(planner, store, GROUPS, world_size=2, cost=CostModel())
-    assert sorted(plan.sample_ids.tolist()) == [0, 1, 2]
+def test_samples_whose_targets_are_all_cut_away_are_dropped(tmp_path: Path) -> None:
+    store = store_of(tmp_path, [250, 1000, 1000])  # a third of each sample is masked: its first 256 tokens have no target
+    plan = plan_validation(BalancePlanner(overlong="truncate_end"), store, GROUPS, world_size=2, cost=CostModel())
+    assert (sorted(plan.sample_ids.tolist()), plan.dropped.tolist()) == ([0], [1, 2])
+    plan = plan_validation(BalancePlanner(overlong="truncate"), store, GROUPS, world_size=2, cost=CostModel())
+    assert (sorted(plan.sample_ids.tolist()), plan.dropped.tolist()) == ([0, 1, 2], [])
 
 
 def test_no_target_at_all_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="dataset_val has no target: no sample has an assistant turn that counts"):
-        plan_validation(BalancePlanner(), store_of(tmp_path, [1000, 900]), GROUPS, world_size=2, cost=CostModel())
+        plan_validation(
+            BalancePlanner(overlong="truncate_end"), store_of(tmp_path, [1000, 900]), GROUPS, world_size=2, cost=CostModel()
+        )
 
 
 def test_errors_of_the_planner_say_which_data_they_are_about(tmp_path: Path) -> None:

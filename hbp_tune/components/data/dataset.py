@@ -57,7 +57,7 @@ class HierarchicalPackedDataset(Dataset[PackBatch]):
     def __getitem__(self, index: int) -> PackBatch:
         """Build pack ``index`` of the plan, which must be one of this rank's."""
         pack = self._plan.pack(int(index), self._rank)
-        tokens, is_target = self._store.read(pack.sample_ids, pack.lengths)
+        tokens, is_target = self._store.read(pack.sample_ids, pack.lengths, self._plan.cut)
         num_tokens = len(tokens)
         slots = padded_len(num_tokens, pack.group.cp_degree, pack.group.pack_len)
         doc_lens = [int(length) for length in pack.lengths]

@@ -20,6 +20,7 @@ from hbp_tune.components.data.notes import Note, join_notes
 from hbp_tune.components.data.rows import BadRow, RowReader, SampleSource, no_sample
 from hbp_tune.components.data.shards import Shard, ShardBuilders, ShardSummary, cut_shards
 from hbp_tune.components.planning.errors import DataError
+from hbp_tune.components.planning.truncation import CUTS, kept_tokens
 
 _POLL_S = 0.1
 
@@ -66,12 +67,15 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def read(self, sample_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    def read(
+        self, sample_ids: NDArray[np.int32], lengths: NDArray[np.int32], cut: str = CUTS[0]
+    ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Read samples one after the other.
 
         Args:
             sample_ids: ``int32[num_docs]``.
             lengths: ``int32[num_docs]``, how many tokens to take of each.
+            cut: how to choose them of a sample that has more; see `kept_tokens`.
 
         Returns:
             ``int32[sum(lengths)]`` tokens, and ``bool[sum(lengths)]``: which of them count as prediction targets.
@@ -79,23 +83,23 @@ class TokenStore:
         if not len(sample_ids):
             return np.empty(0, dtype=np.int32), np.empty(0, dtype=np.bool_)
         rows: pa.Table = self._table[sample_ids.tolist()]
-        parts = []
-        for name in ("tokens", "is_target"):
-            column = rows[name].combine_chunks()
-            offsets = column.offsets.to_numpy()
-            values = column.values.to_numpy(zero_copy_only=False)
-            spans = [values[start : start + length] for start, length in zip(offsets[:-1], lengths, strict=True)]
-            parts.append(np.concatenate(spans))
-        return parts[0], parts[1]
+        columns = [rows[name].combine_chunks() for name in ("tokens", "is_target")]
+        tokens, is_target = (column.values.to_numpy(zero_copy_only=False) for column in columns)
+        offsets = columns[0].offsets.to_numpy()
+        spans: list[slice | NDArray[np.int64]] = []
+        for start, stop, length in zip(offsets[:-1], offsets[1:], lengths, strict=True):
+            is_whole = length == stop - start
+            spans.append(slice(start, stop) if is_whole else start + kept_tokens(is_target[start:stop], int(length), cut))
+        return np.concatenate([tokens[span] for span in spans]), np.concatenate([is_target[span] for span in spans])
 
-    def num_targets_within(self, max_len: int) -> NDArray[np.int32]:
-        """Count each sample's prediction targets among its first ``max_len`` tokens, ``int32[num_samples]``.
+    def num_targets_within(self, max_len: int, cut: str = CUTS[0]) -> NDArray[np.int32]:
+        """Count each sample's prediction targets once it is cut to ``max_len`` tokens, ``int32[num_samples]``.
 
         The first token is never a target: nothing comes before it.
         """
         num_targets = self.num_targets.copy()
         for sample_id in np.flatnonzero(self.lengths > max_len):
-            _, is_target = self.read(np.array([sample_id]), np.array([max_len]))
+            _, is_target = self.read(np.array([sample_id]), np.array([max_len]), cut)
             num_targets[sample_id] = is_target[1:].sum()
         return num_targets
 

@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 
 from hbp_tune.components.planning.errors import ConfigError, PackingError
 from hbp_tune.components.planning.records import PackingGroup
+from hbp_tune.components.planning.truncation import CUTS
 
-OVERLONG_POLICIES = ("error", "drop", "truncate")
+OVERLONG_POLICIES = ("error", "drop", "truncate", *CUTS)
 
 
 def group_of_lengths(lengths: NDArray[np.int32], groups: Sequence[PackingGroup]) -> NDArray[np.int16]:
@@ -22,10 +23,10 @@ def group_of_lengths(lengths: NDArray[np.int32], groups: Sequence[PackingGroup])
 
 
 def check_overlong_policy(overlong: str) -> None:
-    """Refuse anything but the three policies.
+    """Refuse anything but the policies.
 
     Raises:
-        ConfigError: ``overlong`` is none of error, drop and truncate.
+        ConfigError: ``overlong`` is none of error, drop, truncate and the ways to cut.
     """
     if overlong not in OVERLONG_POLICIES:
         raise ConfigError(f"overlong={overlong!r} must be one of {', '.join(OVERLONG_POLICIES)}")

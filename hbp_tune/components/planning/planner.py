@@ -10,13 +10,14 @@ from hbp_tune.components.planning.balancing import SORTS, deal_micro_steps, spre
 from hbp_tune.components.planning.cost import CostModel
 from hbp_tune.components.planning.curriculum import Curriculum, Interleave
 from hbp_tune.components.planning.errors import ConfigError, PackingError
-from hbp_tune.components.planning.groups import check_lengths, check_overlong_policy, group_of_lengths
+from hbp_tune.components.planning.groups import check_lengths, check_overlong_policy, describe_overlong, group_of_lengths
 from hbp_tune.components.planning.hashing import hashed_order
 from hbp_tune.components.planning.leveling import cost_limit, fill_level, group_by_cost, level_heavy, level_windows
 from hbp_tune.components.planning.packing import FirstFit, Packer, greedy_fill
 from hbp_tune.components.planning.packs import Packs
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup, check_groups
 from hbp_tune.components.planning.steps import GroupSteps, assemble, profile_steps
+from hbp_tune.components.planning.truncation import cut_of
 
 MODES = ("cost", "paper")
 
@@ -36,7 +37,9 @@ class BalancePlanner:
     Args:
         tokens_per_step: wanted tokens of an optimizer step over all ranks; each group accumulates as many micro-steps
             as come closest. By default every group takes one micro-step per optimizer step.
-        overlong: what to do with samples longer than the longest group: ``error``, ``drop`` or ``truncate``.
+        overlong: what to do with samples longer than the longest group: ``error``, ``drop``, or cut them, by
+            ``truncate_middle`` (also ``truncate``), ``truncate_start`` or ``truncate_end``; see `kept_tokens`. Samples of which
+            no target is left are dropped.
         mode: ``cost`` or ``paper``.
         packer: of paper mode: how samples are placed into packs; first-fit over a shuffle by default.
         fill: of paper mode: fill long packs with shorter samples (GreedyFill).
@@ -106,16 +109,29 @@ class BalancePlanner:
             A plan that holds every drawn sample as often as it was drawn, but for those in ``dropped``. Groups that do not
             fit together or the world size are a `ConfigError`; no sample, a length below 1, an overlong sample under
             ``overlong=error`` and a step without target are a `PackingError`.
+
+        Raises:
+            PackingError: no sample is left, as no target of those that are cut fits.
         """
         check_groups(groups, world_size)
         if sample_ids is None:
             sample_ids = np.arange(len(lengths), dtype=np.int32)
         overlong_ids = check_lengths(lengths, self.overlong, groups, sample_ids)
         # Packs are made of positions in the draw, since a sample may have been drawn more than once.
-        lengths = lengths[sample_ids]
+        all_lengths, lengths = lengths, lengths[sample_ids]
         shuffled = hashed_order(len(lengths), seed=seed, epoch=epoch, stream="samples").astype(np.int32)
-        if self.overlong == "drop" and len(overlong_ids):
-            shuffled = shuffled[lengths[shuffled] <= groups[-1].pack_len]
+        is_cut = self.overlong not in ("error", "drop")
+        has_target = num_targets[overlong_ids] > 0
+        dropped, truncated = (overlong_ids[~has_target], overlong_ids[has_target]) if is_cut else (overlong_ids, overlong_ids[:0])
+        if len(dropped):
+            stays = lengths <= groups[-1].pack_len
+            stays |= is_cut & (num_targets[sample_ids] > 0)
+            shuffled = shuffled[stays[shuffled]]
+            if not len(shuffled):
+                raise PackingError(
+                    f"overlong={self.overlong} leaves no sample: {describe_overlong(dropped, all_lengths, groups[-1])}, and no "
+                    f"target of theirs fits. Add a longer group"
+                )
         lengths = np.minimum(lengths, groups[-1].pack_len).astype(np.int32)
         cost = cost or CostModel()
         if self.mode == "cost":
@@ -128,7 +144,6 @@ class BalancePlanner:
         random_rank = np.argsort(hashed_order(len(steps), seed=seed, epoch=epoch, stream="steps"))
         shuffle = np.lexsort((random_rank, steps.pack_lens))
         order = (curriculum or Interleave()).order(steps.take(shuffle), first_step=first_step, epoch=epoch, seed=seed)
-        no_ids = np.empty(0, dtype=np.int32)
         plan = assemble(
             parts,
             shuffle[order],
@@ -136,8 +151,9 @@ class BalancePlanner:
             sample_ids=sample_ids,
             groups=groups,
             world_size=world_size,
-            dropped=overlong_ids if self.overlong == "drop" else no_ids,
-            truncated=overlong_ids if self.overlong == "truncate" else no_ids,
+            dropped=dropped,
+            truncated=truncated,
+            cut=cut_of(self.overlong),
         )
         check_targets(plan, num_targets)
         return plan

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from hbp_tune.components.planning.errors import ConfigError
 from hbp_tune.components.planning.packs import sum_rows
+from hbp_tune.components.planning.truncation import CUTS
 
 AC_MODES = ("full", "selective", "offload")
 
@@ -199,8 +200,10 @@ class EpochPlan:
         pack_step: ``int32[packs]``, optimizer step within the epoch.
         pack_micro_step: ``int16[packs]``, accumulation step within the optimizer step.
         pack_first_rank: ``int32[packs]``; the pack runs on ranks ``first_rank .. first_rank + cp_degree - 1``.
-        dropped: ``int32[...]``, ids of samples longer than the longest group that were left out on request, as often as drawn.
+        dropped: ``int32[...]``, ids of samples longer than the longest group that were left out on request, or since no target of
+            theirs would be left, as often as drawn.
         truncated: ``int32[...]``, ids of samples cut to the longest group's length on request, as often as drawn.
+        cut: how they are cut, one of `CUTS`.
     """
 
     groups: tuple[PackingGroup, ...]
@@ -214,6 +217,7 @@ class EpochPlan:
     pack_first_rank: NDArray[np.int32]
     dropped: NDArray[np.int32]
     truncated: NDArray[np.int32]
+    cut: str = CUTS[0]
 
     @property
     def num_packs(self) -> int:
@@ -265,6 +269,8 @@ class EpochPlan:
         digest = hashlib.sha256(repr((shapes, self.world_size)).encode())
         for field in ("sample_ids", "lengths", "pack_offsets", "pack_group", "pack_step", "pack_micro_step", "pack_first_rank"):
             digest.update(np.ascontiguousarray(getattr(self, field)).tobytes())
+        if len(self.truncated):
+            digest.update(self.cut.encode())
         return digest.hexdigest()
 
     def sum_per_pack(self, values: NDArray[np.generic]) -> NDArray[np.int64]:

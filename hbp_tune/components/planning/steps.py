@@ -60,6 +60,7 @@ def assemble(
     world_size: int,
     dropped: NDArray[np.int32],
     truncated: NDArray[np.int32],
+    cut: str,
 ) -> EpochPlan:
     """Put the steps of all groups in order, as compressed rows.
 
@@ -72,6 +73,7 @@ def assemble(
         world_size: ranks of the run.
         dropped: see `EpochPlan`.
         truncated: see `EpochPlan`.
+        cut: see `EpochPlan`.
     """
     position = np.empty_like(order)
     position[order] = np.arange(len(order))
@@ -103,4 +105,5 @@ def assemble(
         pack_first_rank=first_rank[by_time].astype(np.int32),
         dropped=dropped,
         truncated=truncated,
+        cut=cut,
     )

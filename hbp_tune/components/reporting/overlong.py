@@ -25,15 +25,19 @@ def report_overlong(plan: EpochPlan, lengths: NDArray[np.int32], directory: Path
     """
     path = directory / "overlong.csv"
     path.unlink(missing_ok=True)  # an earlier run's
-    for what, drawn in (("dropped", plan.dropped), ("truncated", plan.truncated)):
-        if not len(drawn):
-            continue
-        ids = np.unique(drawn)  # a weighted data set may draw a sample several times
-        directory.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(("sample_id", *COLUMNS, "num_tokens"))
-            for i, place in zip(ids, places(ids), strict=True):
-                writer.writerow((int(i), *place.cells, int(lengths[i])))
-        return f"{describe_overlong(ids, lengths, plan.groups[-1])}; {what}, all listed in {path}"
-    return None
+    # A weighted data set may draw a sample several times.
+    dropped, truncated = np.unique(plan.dropped), np.unique(plan.truncated)
+    ids = np.union1d(dropped, truncated)
+    if not len(ids):
+        return None
+    directory.mkdir(parents=True, exist_ok=True)
+    is_dropped = np.isin(ids, dropped)
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("sample_id", *COLUMNS, "num_tokens", "what"))
+        for i, place, was_dropped in zip(ids, places(ids), is_dropped, strict=True):
+            writer.writerow((int(i), *place.cells, int(lengths[i]), "dropped" if was_dropped else plan.cut))
+    said = ["dropped"] if not len(truncated) else [f"{len(truncated)} cut by {plan.cut}"]
+    if len(truncated) and len(dropped):
+        said.append(f"{len(dropped)} dropped, as no target of theirs would be left")
+    return f"{describe_overlong(ids, lengths, plan.groups[-1])}; {', '.join(said)}, all listed in {path}"

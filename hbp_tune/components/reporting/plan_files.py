@@ -20,7 +20,7 @@ from hbp_tune.components.planning.errors import DataError
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup
 from hbp_tune.components.reporting.report import PlanReport, describe_groups
 
-_FORMAT = 1
+_FORMAT = 2
 _PLAN_KEY = b"hbp_tune.plan"
 _IDS_KEY = b"hbp_tune.plan_ids"
 
@@ -50,6 +50,7 @@ class _Epoch:
     hash: str
     dropped: NDArray[np.int32]
     truncated: NDArray[np.int32]
+    cut: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,7 +185,7 @@ def _metadata(plans: Sequence[EpochPlan]) -> dict[bytes, bytes]:
         packed = {"dropped": _pack_ids(plan.dropped), "truncated": _pack_ids(plan.truncated)}
         ids += [text for text in dict.fromkeys(packed.values()) if text not in ids]
         left_out = {what: ids.index(text) for what, text in packed.items()}
-        epochs.append({"hash": plan.hash, "num_packs": plan.num_packs, **left_out})
+        epochs.append({"hash": plan.hash, "num_packs": plan.num_packs, "cut": plan.cut, **left_out})
     groups = [dataclasses.asdict(group) for group in first.groups]
     described = {"format": _FORMAT, "world_size": first.world_size, "groups": groups, "epochs": epochs}
     return {_PLAN_KEY: json.dumps(described, ensure_ascii=False).encode(), _IDS_KEY: json.dumps(ids).encode()}
@@ -200,6 +201,13 @@ def _unpack_ids(text: str) -> NDArray[np.int32]:
 
 
 def _read_table(path: Path) -> pa.Table:
+    """Read the whole file.
+
+    Raises:
+        DataError: there is none, or it is something else.
+    """
+    if path.is_dir():
+        raise DataError(f"plan {path} is a folder; name the file in it, such as {path / 'plan.parquet'}")
     try:
         return pq.ParquetFile(path).read()
     except FileNotFoundError as error:
@@ -225,7 +233,7 @@ def _read_metadata(path: Path, metadata: Mapping[bytes, bytes]) -> _Metadata:
             groups=tuple(PackingGroup(**group) for group in plan["groups"]),
             world_size=plan["world_size"],
             epochs=[
-                _Epoch(hash=epoch["hash"], dropped=ids[epoch["dropped"]], truncated=ids[epoch["truncated"]])
+                _Epoch(hash=epoch["hash"], dropped=ids[epoch["dropped"]], truncated=ids[epoch["truncated"]], cut=epoch["cut"])
                 for epoch in plan["epochs"]
             ],
         )
@@ -278,6 +286,7 @@ def _rebuild(rows: Mapping[str, NDArray[Any]], metadata: _Metadata, written: _Ep
         pack_first_rank=(replica * np.repeat(cp_degree, num_packs)).astype(np.int32),
         dropped=written.dropped,
         truncated=written.truncated,
+        cut=written.cut,
     )
 
 

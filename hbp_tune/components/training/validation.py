@@ -19,6 +19,7 @@ from hbp_tune.components.planning.cost import CostModel
 from hbp_tune.components.planning.errors import DataError, HbpError
 from hbp_tune.components.planning.planner import BalancePlanner
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup
+from hbp_tune.components.planning.truncation import cut_of
 
 # Documents of up to so many tokens are the shortest bucket; the others double it.
 SHORTEST_BUCKET = 1024
@@ -40,9 +41,11 @@ def plan_validation(
         HbpError: the planner cannot place the data; of the planner's own kind.
         DataError: no sample has a target.
     """  # noqa: DOC502 - the kind is not known here
-    if not store.num_targets_within(groups[-1].pack_len).any():
+    num_targets = store.num_targets_within(groups[-1].pack_len, cut_of(planner.overlong))
+    if not num_targets.any():
         raise DataError("dataset_val has no target: no sample has an assistant turn that counts toward the loss; check its rows")
-    always_a_target = np.ones(len(store), dtype=np.int32)  # a step without one divides nothing here
+    # A step without a target divides nothing here; only samples that are cut must have one left.
+    always_a_target = np.where(store.lengths > groups[-1].pack_len, num_targets, 1)
     try:
         return planner.plan(store.lengths, always_a_target, groups, world_size=world_size, seed=0, cost=cost)
     except HbpError as error:
