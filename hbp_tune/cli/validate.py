@@ -23,6 +23,7 @@ from hbp_tune.components import (
     groups_of,
     setting,
 )
+from hbp_tune.components.config.build import find_component
 from hbp_tune.components.config.packaged import read_mapping
 
 
@@ -63,6 +64,8 @@ def _check_components(cfg: DictConfig) -> None:
         name = str(key)
         nodes = {f"{name}[{index}]": node for index, node in enumerate(value)} if OmegaConf.is_list(value) else {name: value}
         for where, node in nodes.items():
+            if OmegaConf.is_dict(node) and isinstance(component := node.get("_component_"), str):
+                find_component(where, component)
             try:
                 config.validate(OmegaConf.create({"node": node}))
             except (TorchtuneConfigError, InstantiationError, TypeError, ValueError) as error:  # it raises all of them

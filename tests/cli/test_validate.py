@@ -1,4 +1,7 @@
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +46,11 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     (tmp_path / "my.yaml").write_text(text.replace(old, new))
     assert main(["validate", str(tmp_path / "my.yaml")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_terminal_with_few_letters() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "hbp_tune.cli", "validate", "llama3_2/1B_hbp_full"]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="ascii", check=False)
+    assert done.returncode == 0, done.stderr
+    assert "+--" in done.stdout

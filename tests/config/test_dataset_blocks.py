@@ -13,10 +13,12 @@ from hbp_tune.components import Builder, build, data_settings, open_data
 from hbp_tune.demo import prepare_demo
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/datasets.md").read_text(), re.DOTALL)]
+TEXTS = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/datasets.md").read_text(), re.DOTALL)
+BLOCKS = [block for block in map(yaml.safe_load, TEXTS) if "dataset" in block]
 CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because it is so."}]
 ROWS: dict[str, dict[str, Any]] = {
-    "json": {"messages": CHAT},
+    "chats.jsonl": {"messages": CHAT},
+    "data/dialogs.parquet": {"dialog": [{"speaker": "customer", "said": "Why?"}, {"speaker": "agent", "said": "So."}], "id": 3},
     "allenai/tulu-3-sft-mixture": {"id": "a", "messages": CHAT, "source": "ai2-adapt-dev/flan"},
     "zai-org/LongCite-45k": {
         "prompt": "[Document Start]<C0>It is.<C1>[Document End] Why?",
@@ -41,31 +43,28 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_demo(tmp_path_factory.mktemp("blocks") / "demo", num_samples=150, max_tokens=1000).directory
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: str(block["dataset"])[:60])
+def nodes_of(block: dict[str, Any]) -> list[dict[str, Any]]:
+    return block["dataset"] if isinstance(block["dataset"], list) else [block["dataset"]]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: str(block["dataset"])[:90])
 def test_rows_of_the_hubs_columns_become_samples(demo: Path, tmp_path: Path, block: dict[str, Any]) -> None:
-    nodes = block["dataset"] if isinstance(block["dataset"], list) else [block["dataset"]]
-    for index, node in enumerate(nodes):
+    nodes = []
+    for index, node in enumerate(nodes_of(block)):
         rows = tmp_path / f"rows_{index}.jsonl"
-        rows.write_text("".join(json.dumps(ROWS[node["source"]]) + "\n" for _ in range(3)))
-        node |= {"source": "json", "data_files": str(rows), "split": "train"}
-    tokenizer = {
-        "_component_": "torchtune.models.llama3.llama3_tokenizer",
-        "path": str(demo / "tokenizer/tokenizer.model"),
-        "special_tokens_path": str(demo / "tokenizer/special_tokens.json"),
-    }
-    cfg = OmegaConf.create({"dataset": nodes, "tokenizer": tokenizer})
+        rows.write_text("".join(json.dumps(ROWS[node.get("source") or node["data_files"]]) + "\n" for _ in range(3)))
+        nodes.append({**node, "source": None, "data_files": str(rows), "split": "train"})
+    cfg = OmegaConf.create(
+        {"dataset": nodes, "tokenizer": {"_component_": "hbp_tune.components.HFTokenizer", "path": str(demo / "model")}}
+    )
     data = data_settings(cfg.dataset, cfg.tokenizer)
     loaded, store = open_data(data, build("tokenizer", cfg.tokenizer), tmp_path / "store", Builder.alone())
     assert len(loaded.counts.lengths) == 3 * len(nodes)
-    assert (store.num_targets_within(10_000) > 0).all(), "answers are trained"
-    assert (store.num_targets_within(10_000) < loaded.counts.lengths).all(), "questions are not"
+    assert (store.num_targets > 0).all(), "answers are trained"
+    assert (store.num_targets < loaded.counts.lengths - 1).all(), "questions are not"
 
 
 def test_every_block_has_rows_and_all_are_read() -> None:
-    sources = {
-        node["source"]
-        for block in BLOCKS
-        for node in (block["dataset"] if isinstance(block["dataset"], list) else [block["dataset"]])
-    }
-    assert sources <= ROWS.keys() | {"json"}
-    assert len(BLOCKS) == 7
+    names = {node.get("source") or node["data_files"] for block in BLOCKS for node in nodes_of(block)}
+    assert names == ROWS.keys()
+    assert len(BLOCKS) == 8

@@ -52,3 +52,8 @@ def test_a_broken_file(tmp_path: Path) -> None:
 def test_a_word_is_no_list_of_groups() -> None:
     with pytest.raises(ConfigError, match=r"groups=auto is no list of groups; choose them with `tune run hbp_plan"):
         groups_of(OmegaConf.create({"groups": "auto"}))
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"groups_file={tmp_path} is a folder; name the file in it, such as .*groups.yaml"):
+        groups_of({"groups_file": str(tmp_path)})

@@ -1,5 +1,6 @@
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
@@ -177,3 +178,75 @@ def test_equal_signs_and_none_survive_the_rewriting(tmp_path: Path) -> None:
     assert len(merged) == 2
     assert merged[1].count("=") == 1
     assert OmegaConf.from_dotlist(merged[1:]).dataset == [{"url": "https://x/y?a=b", "n": 2e-5}, {"url": "z", "n": None}]
+
+
+MEANT = [
+    ("x=a b", "a b"),
+    ("x=a=b", "a=b"),
+    ("x=data/day=1/*.jsonl", "data/day=1/*.jsonl"),
+    ("x=it's", "it's"),
+    ("x='a=b'", "a=b"),
+    ('x="a: b"', "a: b"),
+    ("x=[1, a=b]", [1, "a=b"]),
+    ("x={a: 'é=😀'}", {"a": "é=😀"}),
+    ("x=日本 語😀", "日本 語😀"),
+    ("x=https://a:8/b#c?d=e", "https://a:8/b#c?d=e"),
+    ("x=2e-5", 2e-5),
+    ("x=!!str 5", "5"),
+    ("x=None", None),
+    ("x=", None),
+]
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(("argument", "value"), MEANT)
+def test_values_are_what_they_look_like(monkeypatch: pytest.MonkeyPatch, argument: str, value: Any) -> None:
+    seen: list[DictConfig] = []
+    command_line(monkeypatch, argument, "--config", "demo/tiny_llama_cpu", argument.replace("x=", "groups.0.name=", 1))
+    with pytest.raises(SystemExit) as caught:
+        run_recipe(config.parse(seen.append))
+    assert caught.value.code is None
+    assert seen[0].x == seen[0].groups[0].name == value
+
+
+MISTAKEN = [
+    ("x=#abc", "YAML reads the value as a comment, which is nothing; if it is text, quote it: 'x=\"#abc\"'"),
+    ("x=a #b", "YAML reads the value as 'a'; if it is text"),
+    ("x='abc", "YAML reads the value as an error (found unexpected end of stream); if it is text"),
+    ("x=a: b", "YAML reads the value as a mapping; if it is text, quote it: 'x=\"a: b\"'"),
+    ("groups.0.name=- a", "YAML reads the value as a list"),
+    ("x=&a b", "YAML reads the value as 'b'"),
+    ("x=a\nb", "YAML reads the value as 'a b'"),
+    ("epochs", "'epochs' on the command line is no override; write key=value"),
+    ("=", "'=' on the command line is no override"),
+    ("--epochs=3", "'--epochs=3' on the command line is no override"),
+    ("~epoch", "Could not find key epoch"),
+    ("x=${", "no viable alternative"),
+]
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(("argument", "message"), MISTAKEN)
+def test_what_yaml_would_misread_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argument: str, message: str
+) -> None:
+    command_line(monkeypatch, "--config", "demo/tiny_llama_cpu", argument)
+    with pytest.raises(SystemExit) as caught:
+        run_recipe(lambda: pytest.fail("the recipe must not start"))
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.usefixtures("folder")
+def test_ctrl_c_needs_no_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command_line(monkeypatch, "--config", "demo/tiny_llama_cpu")
+
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run_recipe(main)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == ""

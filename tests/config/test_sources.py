@@ -43,7 +43,7 @@ def test_local_files_are_data_files_then_the_tokenizer_s(tmp_path: Path, monkeyp
 def test_a_missing_data_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("here.jsonl").write_text("{}")
-    with pytest.raises(ConfigError, match=rf"dataset 1: data file no/such.jsonl does not exist \(looked from {tmp_path}\)$"):
+    with pytest.raises(ConfigError, match=rf"dataset\[1\]: data file no/such.jsonl does not exist \(looked from {tmp_path}\)$"):
         dataset_settings([data("here.jsonl"), data("here.jsonl", "no/such.jsonl")])
     with pytest.raises(ConfigError, match=r"data file x/\*.jsonl does not exist"):
         dataset_settings(data("x/*.jsonl"))
@@ -84,7 +84,7 @@ def test_one_data_set_needs_no_list() -> None:
 
 @pytest.mark.parametrize("weight", [0, -1.0, float("inf"), float("nan"), True, "2"])
 def test_weights_that_cannot_be(weight: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"dataset 1: weight={weight} must be a number above 0; remove the data set"):
+    with pytest.raises(ConfigError, match=rf"dataset\[1\]: weight={weight} must be a number above 0; remove the data set"):
         dataset_settings([{"_component_": "d"}, {"_component_": "d", "weight": weight}])
 
 
@@ -97,3 +97,44 @@ def test_labels_that_cannot_be(label: Any) -> None:
 def test_the_same_label_twice() -> None:
     with pytest.raises(ConfigError, match=r"dataset: label='chat' must be a text that no other data set has"):
         dataset_settings([{"_component_": "d", "label": "chat"}, {"_component_": "e", "label": "chat"}])
+
+
+def test_a_list_of_one_is_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"^dataset_val: data file {tmp_path}/no.jsonl does not exist"):
+        dataset_settings([data(f"{tmp_path}/no.jsonl")], "dataset_val")
+
+
+CHATS = "hbp_tune.components.ChatDataset"
+
+
+def test_folders_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/b.jsonl", "data/a/c.JSON.gz", "data/notes.md", "data/d.parquet", "empty/README"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("{}")
+    (one,) = dataset_settings({"_component_": CHATS, "data_files": "data"})
+    assert [str(file) for file in one.files] == ["data/a/c.JSON.gz", "data/b.jsonl", "data/d.parquet"]
+    with pytest.raises(ConfigError, match=r"^dataset: data_files=empty is a folder without a data file \(\.jsonl, "):
+        dataset_settings({"_component_": CHATS, "data_files": "empty"})
+    with pytest.raises(ConfigError, match=r"^dataset: data_files=data is a folder; name its files, such as data/\*\.jsonl"):
+        dataset_settings(data("data"))
+    assert dataset_settings(data("data", source="hub/name"))[0].key == "dataset", "a folder of that name on the hub"
+    with pytest.raises(ConfigError, match=r"^dataset: data file dta does not exist"):
+        dataset_settings({"_component_": CHATS, "data_files": "dta"})
+
+
+def test_a_folder_of_a_tokenizer(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "model.safetensors", "chat_template.jinja", "additional_chat_templates/rag.jinja"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    settings = data_settings({"_component_": "d"}, {"_component_": "hbp_tune.components.HFTokenizer", "path": str(tmp_path)})
+    assert [str(file.relative_to(tmp_path)) for file in settings.tokenizer_files] == [
+        "additional_chat_templates/rag.jinja",
+        "chat_template.jinja",
+        "tokenizer.json",
+    ]
+    message = (
+        rf"^tokenizer.path={tmp_path} is a folder; t.llama names a file there \(rag.jinja, chat_template.jinja, tokenizer.json\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        data_settings({"_component_": "d"}, {"_component_": "t.llama", "path": str(tmp_path)})

@@ -286,9 +286,9 @@ def test_a_recipe_that_needs_less_asks_for_less() -> None:
 
 
 def test_packed_data_sets_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"dataset 0: packed=True has no place here, remove it: groups decide"):
+    with pytest.raises(ConfigError, match=r"dataset: packed=True has no place here, remove it: groups decide"):
         check_config(settings(dataset={"_component_": "d", "packed": True}))
-    with pytest.raises(ConfigError, match=r"dataset 1: packed=True"):
+    with pytest.raises(ConfigError, match=r"dataset\[1\]: packed=True"):
         check_config(settings(dataset=[{"_component_": "d", "packed": False}, {"_component_": "d", "packed": True}]))
     check_config(settings(dataset=[{"_component_": "d", "packed": False}, {"_component_": "d"}]))
 
@@ -306,18 +306,41 @@ def test_stock_losses() -> None:
         is_stock_loss(settings(loss={"_component_": chunked, "ignore_index": 0}))
 
 
-def test_missing_files_of_the_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / "vocab.json").write_text("{}")
-    here, away = str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
+LLAMA, QWEN = "torchtune.models.llama3.llama3_tokenizer", "torchtune.models.qwen2_5.qwen2_5_tokenizer"
 
-    def missing(tokenizer: Any) -> list[str]:
-        return missing_tokenizer_files(settings(tokenizer=tokenizer))
 
-    assert missing({"_component_": "t", "path": here, "merges_file": away, "max_seq_len": 5}) == [away]
-    assert missing({"_component_": "t", "path": here, "special_tokens_path": None}) == []
-    assert missing({"_component_": "t", "path": away, "tokenizer_json_path": "none.json"}) == [away, "none.json"]
-    assert missing({"_component_": "t", "prompt_template": "no.such.file"}) == []
-    assert missing("t") == []
+def missing(component: str, **arguments: Any) -> list[str]:
+    return missing_tokenizer_files(settings(tokenizer={"_component_": component, **arguments}))
+
+
+def test_files_of_a_tokenizer_that_was_not_downloaded(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/tokenizer.model").write_text("")
+    (tmp_path / "begun/.cache").mkdir(parents=True)
+    here, away, begun = (str(tmp_path / name) for name in ("model/tokenizer.model", "none/merges.txt", "begun/tokenizer.model"))
+    assert missing(QWEN, path=here, merges_file=away, max_seq_len=5) == [away]
+    assert missing(LLAMA, path=here, special_tokens_path=None) == []
+    assert missing(LLAMA, path=begun, special_tokens_path=away) == [begun, away]
+    assert missing(LLAMA, path=str(tmp_path / "none/original/tokenizer.model")) != []
+    assert missing(LLAMA, prompt_template="no.such.file") == []
+    assert missing_tokenizer_files(settings(tokenizer="t")) == []
+    assert missing("hbp_tune.components.HFTokenizer", path=str(tmp_path / "model")) == []
+    assert missing("hbp_tune.components.HFTokenizer", path=str(tmp_path / "modl")) == [str(tmp_path / "modl")]
+
+
+def test_a_file_that_the_models_folder_does_not_have(tmp_path: Path) -> None:
+    for name in ("tokenizer.model", "model.safetensors", ".hidden"):
+        (tmp_path / name).write_text("")
+    message = rf"^tokenizer.path={tmp_path}/tokeniser.model does not exist; the model's folder holds tokenizer.model"
+    with pytest.raises(ConfigError, match=message):
+        missing(LLAMA, path=str(tmp_path / "tokeniser.model"))
+    message = r"original/q does not exist; the model's folder holds model.safetensors, tokenizer.model$"
+    with pytest.raises(ConfigError, match=message):
+        missing(LLAMA, path=str(tmp_path / "original/q"))
+    with pytest.raises(ConfigError, match=rf"^tokenizer.path={tmp_path} is a folder; {LLAMA} names a file there"):
+        missing(LLAMA, path=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"has no 'llama3_tokenizr'; did you mean 'llama3_tokenizer'"):
+        missing("torchtune.models.llama3.llama3_tokenizr", path="none/tokenizer.model")
 
 
 def test_a_whole_component_on_the_command_line_is_refused_with_the_way_to_write_it() -> None:

@@ -42,14 +42,14 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     (
         "no target",
         {"dataset.lengths": [1, 1]},
-        r"row 0 of data set 0 is no conversation that its component can read: no target: .*, nor are the 1 rows after it",
+        r"row 0 of dataset is no training sample: no target: .*, nor are the 1 rows after it",
     ),
     ("some without target", {"dataset.lengths": [1, 9]}, r"1 of 2 rows are no training samples \(1 no target: .*bad_rows=drop"),
     ("accumulation", {"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps=4.*planner.tokens_per_step"),
     (
         "component",
         {"planner._component_": "hbp_tune.components.Planner"},
-        r"config key 'planner' .*Are you sure that 'Planner' is importable",
+        r"config key 'planner' .*hbp_tune.components has no 'Planner'; did you mean",
     ),
     ("fp16", {"dtype": "fp16"}, r"must be bf16 or fp32"),
     ("cpu offload", {"fsdp_cpu_offload": True}, r"fsdp_cpu_offload=True needs device=cuda"),
@@ -93,7 +93,12 @@ def test_dropped_and_truncated_samples_are_listed(ranks: Callable[[int], RankPoo
         steps = ranks(2).run(run_recipe_job, cfg)[0]
         assert sum(step["num_tokens"] for step in steps) == {"drop": 110, "truncate": 110 + 2 * 512}[overlong]
         rows = (tmp_path / "out/overlong.csv").read_text().split()
-        assert rows == ["sample_id,dataset,file,row,line,num_tokens", "1,random_tokens,,1,,600", "3,random_tokens,,3,,700"]
+        what = {"drop": "dropped", "truncate": "truncate_middle"}[overlong]
+        assert rows == [
+            "sample_id,dataset,file,row,line,num_tokens,what",
+            f"1,random_tokens,,1,,600,{what}",
+            f"3,random_tokens,,3,,700,{what}",
+        ]
 
 
 def test_bad_rows_are_left_out_and_listed(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:

@@ -60,10 +60,10 @@ def test_unknown_names_and_mistakes_end_in_one_line(demo: Path, tmp_path: Path) 
     assert "python -m hbp_tune.demo" in output
     (tmp_path / "bad.jsonl").write_text('{"text": "no messages here"}\n' * 3)
     output = run(tune("--config", "demo/tiny_llama_cpu", f"demo_dir={demo}", "dataset.data_files=bad.jsonl"), tmp_path, code=1)
-    assert re.search(r"error: row 0 of data set 0 is no conversation that its component can read: KeyError: 'messages'", output)
+    assert re.search(r"error: row 0 of dataset is no training sample: KeyError: 'messages'", output)
     (tmp_path / "empty.jsonl").write_text("")
     output = run(tune("--config", "demo/tiny_llama_cpu", f"demo_dir={demo}", "dataset.data_files=empty.jsonl"), tmp_path, code=1)
-    assert re.search(r"error: dataset 0: the data set is empty: data file empty.jsonl holds no row", output)
+    assert re.search(r"error: dataset: the data set is empty: data file empty.jsonl holds no row", output)
 
 
 def test_a_start_without_torchrun_is_explained(demo: Path, tmp_path: Path) -> None:

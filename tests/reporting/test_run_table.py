@@ -1,6 +1,8 @@
 import io
 import logging
+import os
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -124,3 +126,30 @@ def test_a_step_in_words() -> None:
     assert progress_line(metrics | {"time_left_s": 29.0}, "short") == line + "0:00 h left"
     assert progress_line(metrics | {"time_left_s": 3599.0}, "short") == line + "1:00 h left"
     assert progress_line(metrics | {"time_left_s": 26 * 3600 + 63}, "short") == line + "26:01 h left"
+
+
+ASCII_RUN = """
+import numpy as np
+from hbp_tune.components import PackingGroup, RunTable
+from hbp_tune.components.config.failures import print_anywhere
+
+print_anywhere()
+groups = (PackingGroup(name="k\\xfcrz\\u2026", pack_len=64),)
+for console in (None, "terminal"):
+    from rich.console import Console
+    console = console and Console(force_terminal=True, width=80)
+    table = RunTable(groups, np.array([0, 0]), world_size=1, console=console)
+    for step in (1, 2):
+        table.update({"loss": 1.0, "tokens_per_second_per_gpu": 1.0, "num_tokens": 8, "step_s": 1.0, "idle_ratio": 0.0})
+    table.close()
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_with_few_letters(encoding: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "TERM": "xterm"}
+    command = [sys.executable, "-c", ASCII_RUN]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding=encoding, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "+--" in done.stdout
+    assert "Error" not in done.stderr

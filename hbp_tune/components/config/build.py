@@ -1,12 +1,25 @@
 """Building components with errors that name the key."""
 
+import difflib
+import importlib
+import site
+import sysconfig
 import traceback
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
 from hbp_tune.components.planning.errors import ConfigError, HbpError
+
+# Where code lies that is not the user's: lines of it tell the user nothing.
+_NOT_THE_USERS = (
+    Path(__file__).parents[2],
+    *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")),
+    Path(site.getusersitepackages()),
+)
 
 
 def build(key: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
@@ -25,17 +38,74 @@ def build(key: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     """
     if node is None:
         raise ConfigError(f"config key {key!r} is empty; give it a _component_")
+    component: Any = node.get("_component_", "no _component_") if hasattr(node, "get") else node
     try:
-        return config.instantiate(_with_built_arguments(key, node), *args, **kwargs)
+        built = _with_built_arguments(key, node)
+        if OmegaConf.is_dict(node) and "_component_" in node and isinstance(component, str):
+            find_component(key, component)
+        return config.instantiate(built, *args, **kwargs)
     except Exception as error:
         if isinstance(error, HbpError):  # it says what is wrong by itself
             raise
-        component = node.get("_component_", "no _component_") if hasattr(node, "get") else node
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(
-            f"config key {key!r} ({component}) cannot be built: {type(error).__name__}: {' '.join(str(error).split())} "
-            f"[{place.filename}:{place.lineno}]"
-        ) from error
+        raise ConfigError(_describe(key, component, error)) from error
+
+
+def find_component(key: str, component: str) -> Any:
+    """Find a component by its dotted name, as torchtune does.
+
+    Args:
+        key: where it stands, for the error.
+        component: such as ``torchtune.models.llama3.llama3_tokenizer``.
+
+    Raises:
+        ConfigError: there is none of this name; names that are near are listed. Or its module cannot be imported.
+    """
+    first, *parts = component.split(".")
+    try:
+        found: Any = _import(first)
+        if found is None:
+            raise ConfigError(f"config key {key!r} ({component}) cannot be built: there is no module {first!r}")
+        path = first
+        for part in parts:
+            if not hasattr(found, part):
+                inside = _import(f"{path}.{part}") if isinstance(found, ModuleType) and part else None
+                if inside is None:
+                    near = difflib.get_close_matches(part, [name for name in dir(found) if name[0] != "_"], n=1)
+                    hint = f"; did you mean {near[0]!r}?" if near else ""
+                    raise ConfigError(f"config key {key!r} ({component}) cannot be built: {path} has no {part!r}{hint}")
+                found = inside
+            else:
+                found = getattr(found, part)
+            path = f"{path}.{part}"
+    except Exception as error:
+        if isinstance(error, HbpError):
+            raise
+        raise ConfigError(_describe(key, component, error)) from error
+    return found
+
+
+def _import(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:  # it exists, and imports what does not
+            raise
+        return None
+    except ValueError:  # an empty name
+        return None
+
+
+def _describe(key: str, component: Any, error: Exception) -> str:
+    """Say why, and where in the user's own code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename[0] != "<" and not _is_foreign(Path(frame.filename))]
+    place = f" [{own[-1].filename}:{own[-1].lineno}]" if own else ""
+    reason = " ".join(str(error).split())
+    return f"config key {key!r} ({component}) cannot be built: {type(error).__name__}: {reason}{place}"
+
+
+def _is_foreign(file: Path) -> bool:
+    return any(file.is_relative_to(folder) for folder in _NOT_THE_USERS)
 
 
 def _with_built_arguments(key: str, node: DictConfig) -> DictConfig:

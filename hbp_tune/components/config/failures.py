@@ -1,6 +1,7 @@
 """How a run's failure is told: by the rank that failed, once, and before those that fail because it is gone."""
 
 import hashlib
+import io
 import os
 import signal
 import sys
@@ -22,6 +23,13 @@ _LOST_CONTACT = (
 _WAIT_FOR_CAUSE_S = 5.0
 
 
+def print_anywhere() -> None:
+    """Let no letter that the terminal's encoding lacks end a run: it is shown as ``?``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
 def is_lost_contact(error: BaseException) -> bool:
     """Tell whether an error only says that another rank is gone."""
     return any(text in str(error) for text in _LOST_CONTACT)
@@ -34,8 +42,7 @@ def end_in_one_line(error: BaseException) -> NoReturn:
         SystemExit: always.
     """
     line = " ".join(str(error).split())
-    error.__traceback__ = error.__cause__ = error.__context__ = None
-    record_for_torchrun(error)
+    _record_without_traceback(error)
     if _is_first_to_say(line):
         _say(f"error: {line}")
     raise SystemExit(1)
@@ -49,6 +56,12 @@ def record_for_torchrun(error: BaseException) -> None:
         get_error_handler().record_exception(error)
 
 
+def _record_without_traceback(error: BaseException) -> None:
+    """Record an error that needs no more words at torchrun's end."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    record_for_torchrun(error)
+
+
 def end_after_cause(error: BaseException) -> NoReturn:
     """End this process after the rank whose end it suffers from has told why.
 
@@ -59,6 +72,7 @@ def end_after_cause(error: BaseException) -> NoReturn:
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(_WAIT_FOR_CAUSE_S)
+    _record_without_traceback(error)
     reason = " ".join(str(error).split())[:200]
     _say(
         f"rank {os.environ.get('RANK', '0')} lost contact with another rank; its error stands above, if it could tell. ({reason})"

@@ -31,6 +31,7 @@ def writing_token_store(directory: Path) -> Iterator[None]:
 
     Raises:
         DataError: it cannot be written.
+        OSError: another file is what failed.
     """
     try:
         yield

@@ -45,6 +45,8 @@ def _read(path: Path) -> Sequence[DictConfig]:
             f"groups_file={path} does not exist; `tune run hbp_plan --config ... groups=auto` or hbp_profile_groups "
             f"writes one into its output_dir"
         ) from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"groups_file={path} is a folder; name the file in it, such as {path / 'groups.yaml'}") from error
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"groups_file={path} cannot be read: {' '.join(str(error).split())}") from error
     nodes = read.get("groups") if OmegaConf.is_dict(read) else None

@@ -19,7 +19,7 @@ _LOCAL_FORMATS = ("json", "csv", "parquet", "arrow", "text")
 _OURS = ("weight", "label")
 # How the components are called that take a folder where torchtune's take a file.
 READS_FOLDERS = ("HFTokenizer", "ChatDataset")
-# Files of a tokenizer's folder that decide tokens.
+# Files of a tokenizer's folder that decide tokens, of all kinds of tokenizers.
 _TOKENIZER_FILES = (
     "added_tokens.json",
     "additional_chat_templates/*.jinja",
@@ -101,7 +101,7 @@ def check_tokenizer_files(tokenizer: Any) -> None:
 def _tokenizer_files(name: str) -> list[Path]:
     """Find what decides tokens under a name, which may as well be a whole prompt: Path.is_file fails on long strings."""
     if os.path.isdir(name):
-        return sorted(file for pattern in _TOKENIZER_FILES for file in Path(name).glob(pattern))
+        return tokenizer_files(Path(name))
     return [Path(name)] if os.path.isfile(name) else []
 
 
@@ -150,6 +150,11 @@ def matching_files(name: str) -> list[Path]:
         else:
             found.append(path)
     return list(dict.fromkeys(found))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Find the files of a folder that decide what its tokenizer does."""
+    return sorted(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
 
 
 def strings(node: Any) -> Iterator[str]:
@@ -210,7 +215,11 @@ def _data_files(name_of_set: str, node: Mapping[str, Any]) -> list[Path]:
             continue
         found = matching_files(name)
         if is_local and os.path.isdir(name) and not (reads_folders and found):
-            way_out = f" without a data file ({', '.join(DATA_SUFFIXES)})" if reads_folders else f"; name its files, such as {name}/*.jsonl"
+            way_out = (
+                f" without a data file ({', '.join(DATA_SUFFIXES)})"
+                if reads_folders
+                else f"; name its files, such as {name}/*.jsonl"
+            )
             raise ConfigError(f"{name_of_set}: data_files={name} is a folder{way_out}")
         if not found and is_local:
             hint = "; `python -m hbp_tune.demo` makes the demo's data" if "hbp_demo" in name else ""

@@ -1,13 +1,14 @@
 """Which keys of torchtune's stock `full_finetune_distributed` carry over, and what replaces those that do not."""
 
 import difflib
-import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from hbp_tune.components.config.sources import dataset_nodes
+from hbp_tune.components.config.build import find_component
+from hbp_tune.components.config.sources import READS_FOLDERS, check_tokenizer_files, dataset_nodes
 from hbp_tune.components.planning.errors import ConfigError
 
 # Keys with the meaning that they have in torchtune 0.6.1.
@@ -104,6 +105,9 @@ REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {
 # Losses of torchtune's recipes whose meaning is the mean over a step's targets, which is AveTokenLoss.
 _STOCK_LOSSES = ("torchtune.modules.loss.CEWithChunkedOutputLoss", "torch.nn.CrossEntropyLoss")
 
+# Of a model's folder, in an error.
+_SHOWN_FILES = 5
+
 
 def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> None:
     """Check a recipe's keys before anything is built.
@@ -160,11 +164,9 @@ def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> 
             f"run_val_every_n_steps=null"
         )
     for key in ("dataset", "dataset_val") if "dataset" in required else ():
-        for index, dataset in enumerate(dataset_nodes(cfg.get(key) or [])):
+        for name, dataset in dataset_nodes(cfg.get(key) or [], key).items():
             if dataset.get("packed"):
-                raise ConfigError(
-                    f"{key} {index}: packed=True has no place here, remove it: groups decide how samples are packed"
-                )
+                raise ConfigError(f"{name}: packed=True has no place here, remove it: groups decide how samples are packed")
 
 
 def setting(cfg: Mapping[str, Any], key: str) -> Any:
@@ -196,7 +198,32 @@ def is_stock_loss(cfg: Mapping[str, Any]) -> bool:
 
 
 def missing_tokenizer_files(cfg: Mapping[str, Any]) -> list[str]:
-    """Find the files that the tokenizer names (by ``path``, ``..._path`` or ``..._file``) and that do not exist."""
+    """Find what the tokenizer names (by ``path``, ``..._path`` or ``..._file``) of a model that was not downloaded.
+
+    Raises:
+        ConfigError: there is no such tokenizer, a file is not in the model's folder, or a folder stands in a file's place.
+    """
     tokenizer = cfg["tokenizer"]
-    keys = [key for key in tokenizer if key == "path" or key.endswith(("_path", "_file"))] if hasattr(tokenizer, "keys") else []
-    return [tokenizer[key] for key in keys if isinstance(tokenizer[key], str) and not os.path.isfile(tokenizer[key])]
+    if not hasattr(tokenizer, "keys"):
+        return []
+    component = str(tokenizer.get("_component_"))
+    find_component("tokenizer", component)
+    names = {key: tokenizer[key] for key in tokenizer if key == "path" or key.endswith(("_path", "_file"))}
+    paths = {f"tokenizer.{key}": Path(name) for key, name in names.items() if isinstance(name, str)}
+    check_tokenizer_files(tokenizer)
+    missing = {key: path for key, path in paths.items() if not path.exists()}
+    if not component.endswith(READS_FOLDERS):
+        for key, path in missing.items():
+            if inside := _model_files(path.parent):
+                near = difflib.get_close_matches(path.name, inside, n=_SHOWN_FILES, cutoff=0.5) or inside[:_SHOWN_FILES]
+                raise ConfigError(f"{key}={path} does not exist; the model's folder holds {', '.join(near)}")
+    return [str(path) for path in missing.values()]
+
+
+def _model_files(folder: Path) -> list[str]:
+    """List the files of a downloaded model, those of its ``original`` where the folder has that name."""
+    for place in (folder, folder.parent) if folder.name == "original" else (folder,):
+        files = [path.name for path in place.iterdir() if path.is_file()] if place.is_dir() else []
+        if names := sorted(name for name in files if not name.startswith(".")):
+            return names
+    return []

@@ -14,25 +14,13 @@ import numpy as np
 from tokenizers import Tokenizer
 from torchtune.data import Message
 
+from hbp_tune.components.config.sources import tokenizer_files
 from hbp_tune.components.data.chat_template import ChatTemplate, Rendering
 from hbp_tune.components.data.conversation import REASONING, REWRITTEN_TURNS, Conversation, EncodedChat
 from hbp_tune.components.data.special_text import SpecialText
 from hbp_tune.components.data.token_places import TokenPlaces
 from hbp_tune.components.planning.errors import ConfigError, DataError
 
-# Files of a checkpoint that decide tokens, of all kinds of tokenizers.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-)
 _POLICIES = ("keep", "plain")
 # The date that Llama 3.1's own template states.
 _DATE = "2024-07-26"
@@ -215,10 +203,11 @@ class HFTokenizer:
 
     def export(self, folder: Path) -> None:
         """Put the tokenizer's files and the template that was trained with into a folder, such as an exported checkpoint's."""
-        for name in TOKENIZER_FILES:
-            source = self._path / name
-            if source.is_file() and source.resolve() != (folder / name).resolve():
-                shutil.copyfile(source, folder / name)
+        for source in tokenizer_files(self._path):
+            copy = folder / source.relative_to(self._path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if source.resolve() != copy.resolve():
+                shutil.copyfile(source, copy)
         if self._own_template:
             (folder / "chat_template.jinja").write_text(self._own_template, encoding="utf-8")
 
@@ -232,10 +221,10 @@ def _load(path: Path) -> Any:
     if not path.is_dir():
         fault = "is a file; name its folder" if path.exists() else f"does not exist (looked from {Path.cwd()})"
         raise ConfigError(f"tokenizer.path={path} {fault}")
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+    if not tokenizer_files(path):
         raise ConfigError(
-            f"tokenizer.path={path} holds no tokenizer: none of {', '.join(TOKENIZER_FILES[:2])}, tokenizer.model, vocab.json; "
-            "name the checkpoint's folder"
+            f"tokenizer.path={path} holds no tokenizer: no tokenizer.json, tokenizer.model or vocab.json; name the checkpoint's "
+            "folder"
         )
     from transformers import AutoTokenizer  # takes two seconds, which torchtune's tokenizers do not need
 

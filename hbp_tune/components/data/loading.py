@@ -115,17 +115,19 @@ def _build(key: str, node: DictConfig, tokenizer: Any) -> Any:
 
     Raises:
         DataError: Hugging Face's cache, where it keeps what it has read, cannot be written.
+        ConfigError: anything else is wrong.
     """
     try:
         return build(key, node, tokenizer)
     except ConfigError as error:
-        cause: BaseException | None = error
-        while cause := cause.__cause__ or cause.__context__:
+        cause = error.__cause__
+        while cause:
             if isinstance(cause, OSError) and cause.errno in _REFUSED and _is_in_cache(cause.filename):
                 raise DataError(
                     f"{key}: Hugging Face's cache cannot be written: {cause.filename or datasets.config.HF_DATASETS_CACHE}: "
                     f"{cause.strerror}; set the environment's HF_HOME or HF_DATASETS_CACHE to a folder that can"
                 ) from error
+            cause = cause.__cause__ or cause.__context__
         raise
 
 

@@ -85,7 +85,9 @@ def _piece(tokenizer: Any, tokens: NDArray[np.int32], is_target: bool, shown: tu
 
 
 def decode(tokenizer: Any, tokens: NDArray[np.int32]) -> str:
-    """Give the text of tokens with its special tokens, by our tokenizer or any of torchtune's."""
+    """Give the text of tokens with its special tokens, by our tokenizer or any of torchtune's; ids where it cannot tell."""
+    if not hasattr(tokenizer, "decode"):
+        return " ".join(map(str, tokens))
     wanted = {"skip_special_tokens": False, "truncate_at_eos": False}
     known = inspect.signature(tokenizer.decode).parameters
     return str(tokenizer.decode(tokens.tolist(), **{key: value for key, value in wanted.items() if key in known}))
