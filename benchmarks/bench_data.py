@@ -208,9 +208,8 @@ def measure(num_rows: int, directory: Path) -> None:
     write_rows(demo / "chat.jsonl", data, num_rows)
     print(json.dumps({"case": "rows", "gib": data.stat().st_size / GIB, "write_s": time.perf_counter() - start}), flush=True)
     config = Path(__file__).parents[1] / "configs/demo/tiny_llama_cpu.yaml"
-    node = {"_component_": "torchtune.datasets.chat_dataset", **chat_node(data)}
     overrides = [
-        *(f"dataset.{key}={value}" for key, value in node.items()),
+        f"dataset.data_files={data}",
         *(f"{key}={value}" for key, value in {"demo_dir": demo, "output_dir": directory / "out"}.items()),
         *(f"token_store_dir={directory / 'stores'}", f"max_steps={STEPS}", "save_every_n_steps=null", "num_workers=1"),
         *("dataset_val=null", "run_val_every_n_steps=null"),

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,9 +20,15 @@ from hbp_tune.components import (
     check_ac_layers,
     check_config,
     check_groups,
+    data_settings,
+    default_store_directory,
     gpu_named,
     groups_of,
+    load_sources,
+    missing_tokenizer_files,
+    print_sample,
     setting,
+    view_first,
 )
 from hbp_tune.components.config.build import find_component
 from hbp_tune.components.config.packaged import read_mapping
@@ -34,7 +41,8 @@ def add_validate(commands: Any) -> None:
         prog="hbp validate",
         help="Check a configuration, and say how much memory its packing groups need.",
         description="Check a configuration: keys, components and their arguments, and, where it has packing groups, these "
-        "against the ranks, the model and a GPU's memory. No other file is read.",
+        "against the ranks, the model and a GPU's memory. Where tokenizer and data are there, the first sample of each data set "
+        "is shown as it is trained.",
     )
     parser.add_argument("config", help="name of a configuration (hbp ls), or path of a YAML file")
     parser.add_argument("--world-size", type=int, help="ranks of the run (default: the largest cp_degree, 8 at least)")
@@ -48,6 +56,7 @@ def _run(args: argparse.Namespace) -> int:
     _check_components(cfg)
     if cfg.get("groups") or cfg.get("groups_file"):
         _check_groups(cfg, args.world_size, args.gpu)
+        _show_data(cfg)
         sys.stdout.write(f"{args.config} is well-formed.\n")
     else:
         sys.stdout.write(f"{args.config} is well-formed. It has no packing groups: it is for a recipe of torchtune's.\n")
@@ -99,3 +108,22 @@ def _check_groups(cfg: DictConfig, world_size: int | None, gpu_name: str) -> Non
             f"warning: {most:.1f} GiB are needed, an {gpu.name} has {gpu.memory_gib:g}; raise ac_layers or cp_degree, or take "
             f"more ranks (--world-size)\n"
         )
+
+
+def _show_data(cfg: DictConfig) -> None:
+    """Show the first sample of each local data set as it is trained, or say what is not there for it."""
+    try:
+        missing = missing_tokenizer_files(cfg)
+        settings = data_settings(cfg.dataset, cfg.tokenizer)
+    except ConfigError as error:
+        sys.stdout.write(f"The data are not shown: {error}\n")
+        return
+    if missing or not any(one.files for one in settings.datasets):
+        reason = f"{missing[0]} does not exist yet" if missing else "they are not on this disk"
+        sys.stdout.write(f"The data are not shown: {reason}.\n")
+        return
+    console = Console(highlight=False)
+    tokenizer = build("tokenizer", cfg.tokenizer)
+    for source in load_sources(settings, tokenizer, Path(cfg.get("token_store_dir") or default_store_directory())):
+        if view := view_first(source, tokenizer):
+            print_sample(view, console)

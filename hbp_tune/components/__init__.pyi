@@ -17,12 +17,14 @@ from hbp_tune.components.data.hf_tokenizer import HFTokenizer as HFTokenizer
 from hbp_tune.components.data.lengths import LENGTH_SUFFIXES as LENGTH_SUFFIXES
 from hbp_tune.components.data.lengths import read_lengths as read_lengths
 from hbp_tune.components.data.loading import estimate_data as estimate_data
+from hbp_tune.components.data.loading import load_sources as load_sources
 from hbp_tune.components.data.loading import open_data as open_data
 from hbp_tune.components.data.sources import LoadedData as LoadedData
 from hbp_tune.components.data.store import Builder as Builder
 from hbp_tune.components.data.store import TokenStore as TokenStore
 from hbp_tune.components.data.store import default_store_directory as default_store_directory
 from hbp_tune.components.data.store import open_token_store as open_token_store
+from hbp_tune.components.data.views import view_first as view_first
 from hbp_tune.components.data.views import view_sample as view_sample
 from hbp_tune.components.data.views import view_samples as view_samples
 from hbp_tune.components.models.hf_config import HFConfig as HFConfig

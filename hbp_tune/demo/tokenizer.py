@@ -42,11 +42,27 @@ def special_token_ids(vocab_size: int = VOCAB_SIZE) -> dict[str, int]:
     return {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
 
 
-# Llama 3's chat format: a header for each turn, and no system turn of its own.
+# Llama 3's chat format: a header for each turn, and no system turn of its own but for tools.
 CHAT_TEMPLATE = """\
 {{- bos_token }}
+{%- if tools %}
+    {{- '<|start_header_id|>system<|end_header_id|>\\n\\nCall one by {"name": ..., "parameters": ...}:' }}
+    {%- for tool in tools %}
+        {{- '\\n' + tool | tojson }}
+    {%- endfor %}
+    {{- '<|eot_id|>' }}
+{%- endif %}
 {%- for message in messages %}
-    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
+    {%- set role = 'ipython' if message.role == 'tool' else message.role %}
+    {{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}
+    {%- if message.reasoning_content %}
+        {{- '<think>\\n' + message.reasoning_content | trim + '\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- message.content | trim }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '{"name": "' + call.function.name + '", "parameters": ' + call.function.arguments | tojson + '}' }}
+    {%- endfor %}
+    {{- '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}

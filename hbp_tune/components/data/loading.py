@@ -34,7 +34,7 @@ def open_data(settings: DataSettings, tokenizer: Any, directory: Path, builder: 
         builder: what this process does for the store.
     """
     digests = digest_files([*(file for one in settings.datasets for file in one.files), *settings.tokenizer_files])
-    sources = tuple(load_source(one, tokenizer, directory, digests, builder.watch) for one in settings.datasets)
+    sources = load_sources(settings, tokenizer, directory, digests, builder.watch)
     samples = [source.samples for source in sources]
     # Weights and labels are not among them: they decide no token.
     parts = [*(one.node for one in settings.datasets), settings.tokenizer, [len(rows) for rows in samples]]
@@ -48,9 +48,22 @@ def estimate_data(settings: DataSettings, directory: Path) -> tuple[LoadedData, 
     """Load a run's data sets, and estimate the lengths of their samples without the tokenizer; see `estimate_lengths`."""
     digests = digest_files([file for one in settings.datasets for file in one.files])
     tokenizer = CharacterEstimate((settings.tokenizer or {}).get("max_seq_len"))
-    sources = tuple(load_source(one, tokenizer, directory, digests, no_watch) for one in settings.datasets)
+    sources = load_sources(settings, tokenizer, directory, digests)
     counts = estimate_lengths([source.samples for source in sources], [one.key for one in settings.datasets])
     return LoadedData(sources=sources, counts=counts), counts
+
+
+def load_sources(
+    settings: DataSettings,
+    tokenizer: Any,
+    directory: Path,
+    digests: Mapping[Path, str] | None = None,
+    watch: Callable[[int], None] = no_watch,
+) -> tuple[DataSource, ...]:
+    """Load a run's data sets, untokenised; see `load_source`."""
+    if digests is None:
+        digests = digest_files([file for one in settings.datasets for file in one.files])
+    return tuple(load_source(one, tokenizer, directory, digests, watch) for one in settings.datasets)
 
 
 def load_source(

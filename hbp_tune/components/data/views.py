@@ -9,12 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_tune.components.data.conversation import EncodedChat
-from hbp_tune.components.data.sources import LoadedData
+from hbp_tune.components.data.rows import RowReader, SampleSource
+from hbp_tune.components.data.sources import DataSource, LoadedData
 from hbp_tune.components.data.store import TokenStore
 from hbp_tune.components.reporting.samples import Piece, SampleView, TurnView
 
 # Of a run of tokens so many are shown at its beginning, and so many at its end.
 SHORT, LONG = (60, 30), (2000, 1000)
+# So many rows are read to find one that is a sample.
+_LOOKED_AT = 100
 
 
 def view_sample(
@@ -30,7 +33,31 @@ def view_sample(
         shown: how many tokens to show of a run of targets, or of others, at its beginning and at its end.
     """
     tokens, is_target = store.read(np.array([sample_id], dtype=np.int32), store.lengths[[sample_id]])
-    chat = _chat_of(data, store, sample_id, tokens)
+    samples = data.sources[store.sources[sample_id]].samples
+    place = str(data.places([sample_id])[0])
+    return _view(samples, int(store.rows[sample_id]), place, tokenizer, tokens, is_target, shown)
+
+
+def view_first(source: DataSource, tokenizer: Any) -> SampleView | None:
+    """Show the first sample of a data set without tokenising the others; None where the first rows are all bad."""
+    rows = RowReader([source.samples])
+    for index in range(min(len(rows), _LOOKED_AT)):
+        if isinstance(read := rows[index], list):
+            place = str(source.places([index])[0])
+            return _view(source.samples, index, place, tokenizer, read[0].tokens, read[0].is_target, SHORT)
+    return None
+
+
+def _view(
+    samples: SampleSource,
+    row: int,
+    place: str,
+    tokenizer: Any,
+    tokens: NDArray[np.int32],
+    is_target: NDArray[np.bool_],
+    shown: tuple[int, int],
+) -> SampleView:
+    chat = _chat_of(samples, row, tokens)
     starts = [0] if chat is None else list(chat.turn_starts)
     roles = [""] if chat is None else list(chat.roles)
     turns = [
@@ -38,7 +65,7 @@ def view_sample(
         for role, start, end in zip(roles, starts, [*starts[1:], len(tokens)], strict=True)
     ]
     return SampleView(
-        place=str(data.places([sample_id])[0]),
+        place=place,
         turns=turns,
         special_tokens=list(getattr(tokenizer, "special_tokens", ())),
         notes=[] if chat is None else list(chat.notes),
@@ -51,12 +78,11 @@ def view_samples(data: LoadedData, store: TokenStore, tokenizer: Any) -> list[Sa
     return [view_sample(data, store, tokenizer, sample_id) for sample_id in firsts]
 
 
-def _chat_of(data: LoadedData, store: TokenStore, sample_id: int, tokens: NDArray[np.int32]) -> EncodedChat | None:
+def _chat_of(samples: Any, row: int, tokens: NDArray[np.int32]) -> EncodedChat | None:
     """Ask a data set that knows them for the turns of a sample; None where it does not."""
-    samples: Any = data.sources[store.sources[sample_id]].samples
     if not hasattr(samples, "chats"):
         return None
-    chats: Sequence[EncodedChat] = samples.chats(int(store.rows[sample_id]))
+    chats: Sequence[EncodedChat] = samples.chats(row)
     return next((chat for chat in chats if np.array_equal(chat.tokens, tokens)), None)
 
 
