@@ -224,7 +224,10 @@ def test_token_ids_that_do_not_fit(file, row, reason):
         (None, "messages are no list but null"),
         (["a"], "messages are no objects with a role and content"),
         ([user("a"), assistant(None)], "null content"),
-        ([user("a"), {"role": "narrator", "content": "b"}], "role 'narrator' is none of system, developer, user"),
+        (
+            [user("a"), {"role": "narrator", "content": "b"}],
+            "role 'narrator' is unknown; say by roles={narrator: ...} whether it is one of system, user",
+        ),
         (
             [user([{"type": "image_url"}]), assistant("b")],
             "message 0 holds a part of type 'image_url', which text models do not take",

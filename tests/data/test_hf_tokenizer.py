@@ -464,3 +464,23 @@ def test_places_by_bytes_are_those_by_offsets(folders, kind):
 def test_text_that_tokens_leave_out_is_a_bad_row():
     with pytest.raises(DataError, match="the tokenizer has no token for 'lost'"):
         among_offsets("a lost b", [(0, 1), (7, 8)], [0])
+
+
+@pytest.mark.parametrize("kind", ["chatml", "llama3_1"])
+def test_turns_begin_where_the_one_before_has_ended(folders, kind):
+    chosen = tokenizer(folders, kind)
+    messages = [user("user"), assistant("Why?"), user("a"), assistant("assistant")]
+    (chat,) = encoded(chosen, messages, trained=("user", "assistant"))
+    end = ENDS[kind]
+    assert targets(chosen, chat) == [f"user{end}", f"Why?{end}", f"a{end}", f"assistant{end}"]
+    bounds = [*chat.turn_starts, len(chat.tokens)]
+    assert len(bounds) == 5
+    assert bounds == sorted(bounds)
+
+
+def test_a_turn_that_only_calls_begins_behind_the_question(folders):
+    chosen = tokenizer(folders, "llama3_1")
+    messages = [user("Which river?"), assistant(None, tool_calls=[CALL])]
+    (chat,) = encoded(chosen, messages, [TOOL])
+    question = chosen.decode(chat.tokens[: chat.turn_starts[1]].tolist())
+    assert question.endswith("Which river?<|eot_id|>")

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.slow
 NUM_ROWS = 150  # some hundred tokens each: an epoch of a few steps
 WORDS = "The river ends in the sea, where else should it end, and what does the function return then? " * 3
 CALL = {"id": "1", "type": "function", "function": {"name": "name_river", "arguments": {"where": "north", "n": 2}}}
-TOOL = {"type": "function", "function": {"name": "name_river", "parameters": {"type": "object", "properties": {"n": {"type": "number"}}}}}
+SCHEMA = {"type": "object", "properties": {"n": {"type": "number"}}}
+TOOL = {"type": "function", "function": {"name": "name_river", "parameters": SCHEMA}}
 OPENAI = {
     "messages": [
         {"role": "system", "content": "Be brief."},

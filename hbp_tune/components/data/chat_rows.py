@@ -16,7 +16,7 @@ ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "model", "ai"), "assistant"),
     **dict.fromkeys(("tool", "function", "ipython", "observation", "function_response", "tool_response"), "tool"),
-    **dict.fromkeys(("function_call", "tool_call"), "call"),
+    **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
@@ -135,7 +135,7 @@ class ChatFormat:
         content, reasoning = _content(index, message.get(self._at("content")))
         reasoning = _reasoning(index, message, reasoning)
         calls = _calls(index, message)
-        if role == "call":
+        if role == "function_call":
             role, content, calls = "assistant", "", _flat_calls(index, content)
         if content is None:
             if not calls:
@@ -173,7 +173,8 @@ class ChatFormat:
         if role in self.roles:
             return self.roles[role]
         if not isinstance(role, str) or role not in ROLES:
-            raise DataError(f"role {role!r} is none of {', '.join(ROLES)}; say by roles={{...}} who it is")
+            known = ", ".join(dict.fromkeys(ROLES.values()))
+            raise DataError(f"role {role!r} is unknown; say by roles={{{role}: ...}} whether it is one of {known}")
         return ROLES[role]
 
     def _read_alpaca(self, row: Row, turns: Turns) -> None:

@@ -22,6 +22,8 @@ _MARKS = "\ue0f0\ue0f1"
 # What templates put before an answer without reasoning, or what is left of it where the prompt has its beginning.
 _EMPTY_REASONING = re.compile(r"\s*(?:<(\w+)>\s*</\1>|</think(?:ing)?>)\n*")
 _CLOSING_TAG = re.compile(r"\s*</\w+>\s*|\s*\[/THINK\]\s*")
+# Another character of that area, in a message's place.
+_STAND_IN = "\ue0f5"
 # So much of a message's end is looked for where a template renders the message in part.
 _TAIL = 32
 
@@ -91,8 +93,7 @@ class ChatTemplate:
         messages, tools = conversation.messages, conversation.tools
         text = self.render(messages, tools)
         contents = _find_contents(text, messages, tools)
-        limits = [start for start, _ in contents[1:]] + [len(text)]
-        ends = [self._turn_end(text, end, limit) for (_, end), limit in zip(contents, limits, strict=True)]
+        ends = self._turn_ends(text, contents)
         marks = self._generation_marks(conversation, text)
         targets: list[Span] = []
         notes: Counter[str] = Counter()
@@ -101,16 +102,18 @@ class ChatTemplate:
             if not conversation.is_trained[index]:
                 continue
             if message["role"] != "assistant":
-                targets.append((contents[index][0], ends[index]))
+                targets.append(self._whole_turn(conversation, index, text, contents[index]))
                 continue
             span = marks[index] if marks else self._generated(conversation, index, text, notes)
-            if span is None:
-                rewritten.append(index)
-                if rewritten_turns == "train":
-                    targets.append((contents[index][0], ends[index]))
+            if span is not None:
+                ends[index] = span[1]
+                targets.append((self._answer_start(message, text, span, reasoning), span[1]))
                 continue
-            ends[index] = span[1]
-            targets.append((self._answer_start(message, text, span, reasoning), ends[index]))
+            rewritten.append(index)
+            if rewritten_turns == "train":
+                prompt = self.render(messages[:index], tools, is_prompt=True)
+                start, end = self._whole_turn(conversation, index, text, contents[index])
+                targets.append((len(prompt) if text.startswith(prompt) else start, end))
         if rewritten and rewritten_turns == "mask":
             notes["turns that the template rewrites once others follow; not trained, rewritten_turns=split trains each"] += len(
                 rewritten
@@ -207,10 +210,31 @@ class ChatTemplate:
         closing = _CLOSING_TAG.match(text, stop, end)
         return closing.end() if closing else stop
 
-    def _turn_end(self, text: str, end: int, limit: int) -> int:
-        """Give the end of the first special token between a message and the next one, or the message's own end."""
-        token = self._special.search(text, end, max(end, limit))
-        return token.end() if token else end
+    def _turn_ends(self, text: str, contents: Sequence[Span]) -> list[int]:
+        """Give the end of the first special token between each message and the next one, or the message's own end."""
+        ends = []
+        limit = len(text)
+        for start, end in reversed(contents):
+            token = self._special.search(text, end, max(end, limit))
+            ends.append(token.end() if token else end)
+            limit = start if start < end else limit  # nothing of an empty message is there to be found
+        return ends[::-1]
+
+    def _whole_turn(self, conversation: Conversation, index: int, text: str, found: Span) -> Span:
+        """Find a message as it is rendered, up to the token that ends its turn.
+
+        A short one, such as "user", may have been found in a header: another text in its place shows where it really is.
+        """
+        start, end = found
+        messages = list(conversation.messages)
+        messages[index] = {**messages[index], "content": _STAND_IN}
+        other = self.render(messages, conversation.tools)
+        place = other.find(_STAND_IN)
+        num_behind = len(other) - place - len(_STAND_IN)
+        if place >= 0 and text[:place] == other[:place] and text.endswith(other[len(other) - num_behind :]):
+            start, end = place, len(text) - num_behind
+        token = self._special.search(text, max(end, found[1]))
+        return start, token.end() if token else end
 
     def _trimmed(self, text: str, start: int, end: int) -> int:
         """Give a turn's end without the whitespace behind its last token, which the template puts there once it has ended."""
@@ -257,11 +281,11 @@ def _find_contents(text: str, messages: Sequence[Message], tools: Sequence[Messa
         span = _find(text, content, place) if content else (place, place)
         if span is None:
             raise DataError(f"the chat template does not render the content of message {index} ({message['role']})")
-        for call in message.get("tool_calls") or ():
+        for number, call in enumerate(message.get("tool_calls") or ()):
             name = call["function"]["name"]
-            if (found := text.find(name, span[0])) < 0:
+            if (found := text.find(name, span[1])) < 0:
                 raise DataError(f"the chat template does not render the call of {name} in message {index}")
-            span = (span[0] if content else min(found, span[1]), max(span[1], found + len(name)))
+            span = (span[0] if content or number else found, found + len(name))
         spans.append(span)
         place = span[1]
     for tool in tools or ():

@@ -14,6 +14,7 @@ from hbp_tune.components.data.json_lines import is_json_lines, numbered_lines
 from hbp_tune.components.data.rows import BadRow, SampleSource
 from hbp_tune.components.planning.draw import draw_samples
 from hbp_tune.components.reporting.bad_rows import BadRowList
+from hbp_tune.components.reporting.charts import write_count
 from hbp_tune.components.reporting.places import RowPlace
 
 
@@ -149,7 +150,7 @@ class LoadedData:
             )
         for note in getattr(self.counts, "notes", ()):  # an estimate has none
             rows = ", ".join(map(str, self._places(note.first)))
-            lines.append(f"{note.num_samples:,} samples: {note.text} ({note.count:,} times; first: {rows})")
+            lines.append(f"{write_count(note.num_samples, 'sample')}: {note.text} ({note.count:,} times; first: {rows})")
         return lines
 
     def _places(self, rows: Sequence[tuple[int, int]]) -> list[RowPlace]:
