@@ -132,6 +132,8 @@ def _add_profile(commands: Any) -> None:
 def expand(arguments: Sequence[str]) -> list[str]:
     """Write commands that are short for a recipe in full; others, and calls for help, stay as they are."""
     command, *rest = arguments
+    if command == "data":  # overrides may stand between options, where argparse takes no list
+        return [command, *sorted(rest, key=lambda word: "=" in word and not word.startswith("-"))]
     if command not in _SHORT_FOR or {"-h", "--help"} & set(rest):
         return list(arguments)
     start = rest.index("--config") if "--config" in rest else len(rest)

@@ -32,6 +32,7 @@ from hbp_tune.components import (
     view_samples,
 )
 from hbp_tune.components.data.views import LONG
+from hbp_tune.components.reporting.charts import write_count
 from hbp_tune.components.reporting.page_parts import document
 from hbp_tune.components.reporting.samples import SAMPLE_STYLE, render_sample
 
@@ -65,7 +66,10 @@ def _run(args: argparse.Namespace) -> int:
     def show(cfg: DictConfig) -> None:
         _show(cfg, args.row, args.page, "dataset_val" if args.validation else "dataset")
 
-    run_recipe(show)
+    try:
+        run_recipe(show)
+    except SystemExit as ended:  # as torchtune's parser ends every recipe
+        return int(ended.code or 0)
     return 0
 
 
@@ -153,7 +157,8 @@ def _describe_cut(store: TokenStore, cfg: DictConfig) -> list[str]:
     if not num_over:
         return [f"All samples fit into group {longest.name!r} of {longest.pack_len:,} tokens."]
     policy = (setting(cfg, "planner") or {}).get("overlong", "error")
-    return [f"{num_over:,} samples are longer than group {longest.name!r} of {longest.pack_len:,} tokens; overlong is {policy}."]
+    fault = f"{write_count(num_over, 'sample')} over the length of group {longest.name!r} of {longest.pack_len:,} tokens"
+    return [f"{fault}; planner.overlong is {policy}."]
 
 
 def _row_name(data: LoadedData, store: TokenStore, sample_id: int) -> str:
