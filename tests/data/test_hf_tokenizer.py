@@ -484,3 +484,42 @@ def test_a_turn_that_only_calls_begins_behind_the_question(folders):
     (chat,) = encoded(chosen, messages, [TOOL])
     question = chosen.decode(chat.tokens[: chat.turn_starts[1]].tolist())
     assert question.endswith("Which river?<|eot_id|>")
+
+
+@pytest.mark.parametrize("kind", ["chatml", "qwen3", "llama3_1"])
+def test_an_assistant_may_begin(folders, kind):
+    chosen = tokenizer(folders, kind)
+    messages = [assistant("Hello."), user("Why?"), assistant("So.")]
+    (chat,) = encoded(chosen, messages)
+    assert chat.tokens.tolist() == reference(folders[kind], messages)
+    end = "<|eot_id|>" if kind == "llama3_1" else "<|im_end|>"
+    assert targets(chosen, chat) == [f"Hello.{end}", f"So.{end}"]
+
+
+def test_an_empty_think_block_is_the_answers_own_where_the_template_knows_none(folders):
+    messages = [user("And?"), assistant("<think></think>\n\n3")]
+    chosen = tokenizer(folders, "chatml")
+    assert targets(chosen, encoded(chosen, messages)[0]) == ["<think></think>\n\n3<|im_end|>"]
+    chosen = tokenizer(folders, "qwen3")
+    (chat,) = encoded(chosen, messages)
+    assert chat.tokens.tolist() == reference(folders["qwen3"], messages)
+    assert targets(chosen, chat) == ["3<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [user("a"), assistant("")],
+        [user(""), assistant("yes")],
+        [user("yes"), assistant("yes"), user("yes"), assistant("yes")],
+        [user("a\r\nb"), assistant("c\r\nd\r\n")],
+        [user("In the sea"), assistant("In the sea.")],
+        [user('say "hi" \\ {"a": 1}'), assistant('{"a": "b"}')],
+    ],
+)
+@pytest.mark.parametrize("kind", ["chatml", "llama3_1", "mistral", "gemma"])
+def test_odd_conversations(folders, kind, messages):
+    chosen = tokenizer(folders, kind)
+    (chat,) = encoded(chosen, messages)
+    assert chat.tokens.tolist() == reference(folders[kind], messages)
+    assert chat.is_target.tolist() == targets_by_prompts(folders[kind], chosen, messages, None, ENDS[kind])

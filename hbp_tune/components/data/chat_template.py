@@ -104,7 +104,12 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 targets.append(self._whole_turn(conversation, index, text, contents[index]))
                 continue
-            span = marks[index] if marks else self._generated(conversation, index, text, notes)
+            if marks:
+                span: Span | None = marks[index]
+            elif index == 0:  # nothing comes before it that could be a prompt
+                span = self._whole_turn(conversation, index, text, contents[index])
+            else:
+                span = self._generated(conversation, index, text, notes)
             if span is not None:
                 ends[index] = span[1]
                 targets.append((self._answer_start(message, text, span, reasoning), span[1]))
@@ -199,7 +204,7 @@ class ChatTemplate:
         start, end = span
         thought = message.get("reasoning_content")
         if thought is None or not thought.strip():
-            empty = _EMPTY_REASONING.match(text, start, end)
+            empty = _EMPTY_REASONING.match(text, start, end) if "think" in self._source else None
             return empty.end() if empty and (empty[1] or text[:start].rstrip().endswith("<think>")) else start
         place = text.find(thought.strip(), start, end)
         if place < 0:
@@ -215,9 +220,10 @@ class ChatTemplate:
         ends = []
         limit = len(text)
         for start, end in reversed(contents):
-            token = self._special.search(text, end, max(end, limit))
+            # Nothing of an empty message is there to be found.
+            token = self._special.search(text, end, max(end, limit)) if start < end else None
             ends.append(token.end() if token else end)
-            limit = start if start < end else limit  # nothing of an empty message is there to be found
+            limit = start if start < end else limit
         return ends[::-1]
 
     def _whole_turn(self, conversation: Conversation, index: int, text: str, found: Span) -> Span:
@@ -298,7 +304,8 @@ def _find_contents(text: str, messages: Sequence[Message], tools: Sequence[Messa
 def _find(text: str, content: str, place: int) -> Span | None:
     """Find a content from a place on, or anywhere; as it is, as JSON, or its end alone."""
     tail = content[-_TAIL:]
-    for form in (content, json.dumps(content, ensure_ascii=False)[1:-1], tail, json.dumps(tail)[1:-1]):
+    answer = content.rsplit("</think>", 1)[-1].strip() or content  # what templates leave of reasoning that a content holds
+    for form in (content, json.dumps(content, ensure_ascii=False)[1:-1], tail, json.dumps(tail)[1:-1], answer):
         for start in (place, 0):
             if (found := text.find(form, start)) >= 0:
                 return found, found + len(form)
