@@ -1,6 +1,7 @@
 """Tokens as transformers gives them, and targets beside a plain second way to find them."""
 
 import itertools
+import json
 import random
 from datetime import date
 
@@ -523,3 +524,33 @@ def test_odd_conversations(folders, kind, messages):
     (chat,) = encoded(chosen, messages)
     assert chat.tokens.tolist() == reference(folders[kind], messages)
     assert chat.is_target.tolist() == targets_by_prompts(folders[kind], chosen, messages, None, ENDS[kind])
+
+
+def test_it_stands_where_torchtunes_tokenizers_do(folders, tmp_path, monkeypatch):
+    from torchtune.datasets import chat_dataset, instruct_dataset, preference_dataset, text_completion_dataset
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    chosen = tokenizer(folders, "qwen2_5")
+    question, good, bad = user("Where?"), assistant("In the sea."), assistant("Nowhere.")
+    rows = {
+        "chat": {"messages": [question, good]},
+        "instruct": {"input": "Where?", "output": "In the sea."},
+        "preference": {"chosen": [question, good], "rejected": [question, bad]},
+        "text": {"text": "In the sea."},
+    }
+    files = {}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        files[name] = {"source": "json", "data_files": str(tmp_path / f"{name}.jsonl"), "split": "train"}
+    expected = reference(folders["qwen2_5"], [question, good])
+    chat = chat_dataset(chosen, conversation_column="messages", conversation_style="openai", **files["chat"])[0]
+    instruct = instruct_dataset(chosen, **files["instruct"])[0]
+    for sample in (chat, instruct):
+        assert list(sample["tokens"]) == expected
+        kept = [token for token, label in zip(sample["tokens"], sample["labels"], strict=True) if label != -100]
+        assert chosen.decode(kept) == "In the sea.<|im_end|>"
+    pair = preference_dataset(chosen, **files["preference"])[0]
+    assert list(pair["chosen_input_ids"]) == expected
+    assert list(pair["rejected_input_ids"]) == reference(folders["qwen2_5"], [question, bad])
+    text = text_completion_dataset(chosen, **files["text"])[0]
+    assert chosen.decode(text["tokens"]) == "In the sea.<|im_end|>"
