@@ -12,7 +12,9 @@ from torchtune.data import Message
 from hbp_tune.components.data.chat_dataset import ChatDataset
 from hbp_tune.components.data.conversation import EncodedChat
 from hbp_tune.components.data.estimate import CharacterEstimate
+from hbp_tune.components.data.hf_tokenizer import HFTokenizer
 from hbp_tune.components.planning.errors import ConfigError, DataError
+from tests.data.chat_models import write_model
 
 
 class Recorder:
@@ -436,6 +438,15 @@ def test_an_estimate_counts_all_that_will_be_rendered(file):
     plain, full = (len(dataset[i]["tokens"]) for i in range(2))
     assert 100 < plain < 130
     assert full > plain + 100
+
+
+def test_a_date_that_the_template_states_is_told(file, tmp_path):
+    descriptions = {}
+    for kind in ("llama3_1", "qwen3"):
+        tokenizer = HFTokenizer(str(write_model(tmp_path / kind, kind)), date="2025-05-01")
+        descriptions[kind] = ChatDataset(tokenizer, data_files=lines(file, ROWS[0])).description
+    assert descriptions["llama3_1"].endswith("; the template states the date, which is 2025-05-01 for every sample")
+    assert descriptions["qwen3"].endswith("; trains on assistant turns")
 
 
 def test_arguments_reach_the_tokenizer(file):

@@ -88,6 +88,8 @@ class ChatDataset:
         if self._format.name not in ("text", "tokens"):
             on = f"{train_on} turns" if isinstance(train_on, str) else f"turns of {', '.join(train_on)}"
             self.description += f"; trains on {on.replace('_', ' ')}"
+            if hasattr(tokenizer, "template") and tokenizer.template.states_date:
+                self.description += f"; the template states the date, which is {tokenizer.date} for every sample"
 
     def __len__(self) -> int:
         return len(self._rows)

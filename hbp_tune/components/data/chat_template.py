@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
+import numpy as np
+
 from hbp_tune.components.data.conversation import Conversation
 from hbp_tune.components.planning.errors import DataError
 
@@ -24,6 +26,7 @@ _EMPTY_REASONING = re.compile(r"\s*(?:<(\w+)>\s*</\1>|</think(?:ing)?>)\n*")
 _CLOSING_TAG = re.compile(r"\s*</\w+>\s*|\s*\[/THINK\]\s*")
 # Another character of that area, in a message's place.
 _STAND_IN = "\ue0f5"
+_MASKED = "turns that the template rewrites once others follow; not trained, rewritten_turns=split trains each"
 # So much of a message's end is looked for where a template renders the message in part.
 _TAIL = 32
 
@@ -98,31 +101,20 @@ class ChatTemplate:
         targets: list[Span] = []
         notes: Counter[str] = Counter()
         rewritten: list[int] = []
-        for index, message in enumerate(messages):
-            if not conversation.is_trained[index]:
-                continue
-            if message["role"] != "assistant":
-                targets.append(self._whole_turn(conversation, index, text, contents[index]))
-                continue
-            if marks:
+        for index in np.flatnonzero(conversation.is_trained).tolist():
+            if marks and messages[index]["role"] == "assistant":
                 span: Span | None = marks[index]
-            elif index == 0:  # nothing comes before it that could be a prompt
-                span = self._whole_turn(conversation, index, text, contents[index])
             else:
-                span = self._generated(conversation, index, text, notes)
+                span = self._turn(conversation, index, text, contents[index], notes)
             if span is not None:
                 ends[index] = span[1]
-                targets.append((self._answer_start(message, text, span, reasoning), span[1]))
+                targets.append((self._answer_start(messages[index], text, span, reasoning), span[1]))
                 continue
             rewritten.append(index)
             if rewritten_turns == "train":
-                prompt = self.render(messages[:index], tools, is_prompt=True)
-                start, end = self._whole_turn(conversation, index, text, contents[index])
-                targets.append((len(prompt) if text.startswith(prompt) else start, end))
+                targets.append(self._as_rendered(conversation, index, text, contents[index]))
         if rewritten and rewritten_turns == "mask":
-            notes["turns that the template rewrites once others follow; not trained, rewritten_turns=split trains each"] += len(
-                rewritten
-            )
+            notes[_MASKED] += len(rewritten)
         if targets or not rewritten or rewritten_turns != "split":
             yield Rendering(text=text, targets=targets, turn_ends=ends, notes=notes)
         if rewritten_turns != "split":
@@ -168,6 +160,18 @@ class ChatTemplate:
             return None
         return dict(zip(indices, spans, strict=True))
 
+    def _turn(self, conversation: Conversation, index: int, text: str, found: Span, notes: Counter[str]) -> Span | None:
+        """Find what is learnt of one message; see `_generated` of an assistant's."""
+        if conversation.messages[index]["role"] != "assistant" or index == 0:  # nothing comes before that could be a prompt
+            return self._whole_turn(conversation, index, text, found)
+        return self._generated(conversation, index, text, notes)
+
+    def _as_rendered(self, conversation: Conversation, index: int, text: str, found: Span) -> Span:
+        """Find an assistant's turn as the whole conversation shows it, behind its prompt where that is shown."""
+        prompt = self.render(conversation.messages[:index], conversation.tools, is_prompt=True)
+        start, end = self._whole_turn(conversation, index, text, found)
+        return len(prompt) if text.startswith(prompt) else start, end
+
     def _generated(self, conversation: Conversation, index: int, text: str, notes: Counter[str]) -> Span | None:
         """Find what the model generates of one assistant turn; None where the whole conversation shows something else.
 
@@ -202,6 +206,8 @@ class ChatTemplate:
             DataError: the template leaves out the reasoning.
         """
         start, end = span
+        if message["role"] != "assistant":
+            return start
         thought = message.get("reasoning_content")
         if thought is None or not thought.strip():
             empty = _EMPTY_REASONING.match(text, start, end) if "think" in self._source else None

@@ -74,7 +74,7 @@ class HFTokenizer:
         self._is_plain = special_tokens_in_text == "plain"
         self._own_template = _read_template(chat_template) if chat_template else None
         self._variables = dict(template_variables or {})
-        self._date = _parse_date(date)
+        self.date = _parse_date(date)
         self.max_seq_len = max_seq_len
         self.special_tokens: dict[str, int] = dict(self._special.ids)
         self.bos_id: int | None = self._hf.bos_token_id
@@ -102,7 +102,7 @@ class HFTokenizer:
                 f"the tokenizer in {self._path} has no chat template; take an instruct model's, or set tokenizer.chat_template "
                 "to a file that holds one"
             )
-        return ChatTemplate(self._hf, source, variables=self._variables, today=self._date, special_tokens=list(self._special.ids))
+        return ChatTemplate(self._hf, source, variables=self._variables, today=self.date, special_tokens=list(self._special.ids))
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Tokenise plain text, between the tokens that begin and end a text where the model has them."""

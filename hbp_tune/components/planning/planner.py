@@ -17,7 +17,7 @@ from hbp_tune.components.planning.packing import FirstFit, Packer, greedy_fill
 from hbp_tune.components.planning.packs import Packs
 from hbp_tune.components.planning.records import EpochPlan, PackingGroup, check_groups
 from hbp_tune.components.planning.steps import GroupSteps, assemble, profile_steps
-from hbp_tune.components.planning.truncation import cut_of
+from hbp_tune.components.planning.truncation import CUTS, cut_of
 
 MODES = ("cost", "paper")
 
@@ -128,9 +128,10 @@ class BalancePlanner:
             stays |= is_cut & (num_targets[sample_ids] > 0)
             shuffled = shuffled[stays[shuffled]]
             if not len(shuffled):
+                way_out = ", or set planner.overlong=truncate_middle" if cut_of(self.overlong) != CUTS[0] else ""
                 raise PackingError(
                     f"overlong={self.overlong} leaves no sample: {describe_overlong(dropped, all_lengths, groups[-1])}, and no "
-                    f"target of theirs fits. Add a longer group"
+                    f"target of theirs fits. Add a longer group{way_out}"
                 )
         lengths = np.minimum(lengths, groups[-1].pack_len).astype(np.int32)
         cost = cost or CostModel()
