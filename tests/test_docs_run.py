@@ -6,12 +6,14 @@ the commands are numbers of processes and nodes alone, which are those of this m
 
 import gzip
 import importlib.util
+import json
 import re
 import shutil
 import socket
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from omegaconf import OmegaConf
 
@@ -64,6 +66,11 @@ def test_every_command_of_the_documentation_runs(tmp_path: Path) -> None:
     shutil.copy(demo / "chat.jsonl", tmp_path / "chats.jsonl")
     (tmp_path / "data").mkdir()
     shutil.copy(demo / "chat.jsonl", tmp_path / "data/train.jsonl")
+    chats = [json.loads(line)["messages"] for line in (demo / "chat.jsonl").open(encoding="utf-8")]
+    datasets.Dataset.from_list([{"messages": messages} for messages in chats]).to_parquet(tmp_path / "data/chats.parquet")
+    names = {"user": "human", "assistant": "gpt"}
+    rows = [[{"from": names[turn["role"]], "value": turn["content"]} for turn in messages] for messages in chats]
+    (tmp_path / "sharegpt.json").write_text(json.dumps([{"conversations": row} for row in rows]), encoding="utf-8")
     with gzip.open(tmp_path / "lengths.csv.gz", "wt") as file:
         file.write("n_tokens\n" + "\n".join(str(30 + 97 * i % 1900) for i in range(300)))
     for page, line in commands():

@@ -96,7 +96,7 @@ def _open(path: Path, rows: list[Row] | None) -> TokenStore:
     if rows is not None:
         open_token_store([rows], path, Builder(num_processes=1, show_progress=False))
         (path / _NUM_ROWS).write_text(str(len(rows)))
-    return TokenStore(cut_shards(int((path / _NUM_ROWS).read_text()), path))
+    return TokenStore(cut_shards(int((path / _NUM_ROWS).read_text()), path), ["dataset"])
 
 
 def _make_rows(data: Path, work: Path, sizes: Sizes) -> dict[str, list[Row]]:

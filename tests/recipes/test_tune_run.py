@@ -58,9 +58,9 @@ def test_unknown_names_and_mistakes_end_in_one_line(demo: Path, tmp_path: Path) 
     output = run(tune("--config", "demo/tiny_llama_cpu"), tmp_path, code=1)
     assert "data file hbp_demo/chat.jsonl does not exist" in output
     assert "python -m hbp_tune.demo" in output
-    (tmp_path / "bad.jsonl").write_text('{"text": "no messages here"}\n' * 3)
+    (tmp_path / "bad.jsonl").write_text('{"words": "no messages here"}\n' * 3)
     output = run(tune("--config", "demo/tiny_llama_cpu", f"demo_dir={demo}", "dataset.data_files=bad.jsonl"), tmp_path, code=1)
-    assert re.search(r"error: row 0 of dataset is no training sample: KeyError: 'messages'", output)
+    assert re.search(r"error: the rows do not fit any format: they have the columns words; say what they hold by", output)
     (tmp_path / "empty.jsonl").write_text("")
     output = run(tune("--config", "demo/tiny_llama_cpu", f"demo_dir={demo}", "dataset.data_files=empty.jsonl"), tmp_path, code=1)
     assert re.search(r"error: dataset: the data set is empty: data file empty.jsonl holds no row", output)
