@@ -66,7 +66,7 @@ def test_every_command_of_the_documentation_runs(tmp_path: Path) -> None:
     shutil.copy(demo / "chat.jsonl", tmp_path / "chats.jsonl")
     (tmp_path / "data").mkdir()
     shutil.copy(demo / "chat.jsonl", tmp_path / "data/train.jsonl")
-    chats = [json.loads(line)["messages"] for line in (demo / "chat.jsonl").open(encoding="utf-8")]
+    chats = [json.loads(line)["messages"] for line in (demo / "chat.jsonl").read_bytes().splitlines()]
     datasets.Dataset.from_list([{"messages": messages} for messages in chats]).to_parquet(tmp_path / "data/chats.parquet")
     names = {"user": "human", "assistant": "gpt"}
     rows = [[{"from": names[turn["role"]], "value": turn["content"]} for turn in messages] for messages in chats]
