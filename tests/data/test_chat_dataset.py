@@ -259,6 +259,70 @@ def test_fields_that_are_not_used_are_counted(file):
     assert dict(dataset[0]["notes"]) == {"column 'chat_template_kwargs' is not used": 1, "message field 'mood' is not used": 1}
 
 
+@pytest.mark.parametrize("column", ["loss_mask", "assistant_masks"])
+def test_token_ids_with_a_mask(file, column):
+    rows = [{"input_ids": [5, 6, 7], column: [0, 1, 1]}, {"input_ids": [5, 6, 7], "labels": [5, 6, -100], column: [0, 1, 1]}]
+    dataset = ChatDataset(Recorder(), data_files=lines(file, *rows))
+    assert [dataset[i]["labels"].tolist() for i in range(2)] == [[-100, 6, 7], [-100, 6, -100]]
+    wrong = fault(file, {"input_ids": [5, 6], column: [1]}, good=rows[0])
+    assert wrong == f"{column} is no list of as many as input_ids, each 0 or 1"
+
+
+GOOD, BAD = [assistant("good")], [assistant("bad")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "rejected": "bad", "chosen": "good"},
+        {"prompt": [user("a")], "rejected": BAD, "chosen": GOOD},
+        {"rejected": [user("a"), *BAD], "chosen": [user("a"), *GOOD]},
+    ],
+)
+def test_no_answer_of_a_preference_is_trained_unless_it_is_named(file, row):
+    with pytest.raises(ConfigError, match=r"the rows do not fit any format: they have the columns .*rejected, chosen; say what"):
+        ChatDataset(Recorder(), data_files=lines(file, row))
+    columns = {"prompt": "prompt", "completion": "chosen"} if "prompt" in row else {"messages": "chosen"}
+    (conversation,), dataset = read(file, row, columns=columns)
+    assert conversation.messages == [user("a"), *GOOD]
+    assert dict(dataset[0]["notes"]) == {"column 'rejected' is not used": 1}
+
+
+def test_an_answer_s_label_is_counted(file):
+    _, dataset = read(file, {"prompt": "a", "completion": "b", "label": False})
+    assert dict(dataset[0]["notes"]) == {"column 'label' is not used": 1}
+
+
+def test_columns_beside_a_plain_text(file):
+    dataset = ChatDataset(Recorder(), data_files=lines(file, {"text": "abc", "tools": [TOOL], "id": 3}))
+    assert dataset.description == "plain text in column 'text'"
+    assert dict(dataset[0]["notes"]) == {"column 'tools' is not used": 1}
+    assert fault(file, {"text": "abc", "images": ["x.png"]}, good={"text": "abc"}).startswith("the row has images, which text")
+
+
+def test_a_conversation_is_preferred_to_other_formats(file):
+    row = {"prompt": "x", "completion": "y", "messages": [user("a"), assistant("b")], "text": "z"}
+    (conversation,), dataset = read(file, row)
+    assert conversation.messages == row["messages"]
+    assert dataset.description == (
+        "OpenAI messages in column 'messages', not format=prompt_completion or text, which would fit, too; "
+        "trains on assistant turns"
+    )
+    (conversation,), dataset = read(file, row, columns={"prompt": "prompt", "completion": "completion"})
+    assert conversation.messages == [user("x"), assistant("y")]
+
+
+@pytest.mark.parametrize(
+    ("own", "notes"), [("s", {}), ("t", {"column 'system' is not used: the messages have a system turn": 1})]
+)
+def test_a_system_turn_of_the_messages_stands_before_the_row_s(file, own, notes):
+    messages = [user("a"), {"role": "system", "content": own}, assistant("b")]
+    (conversation,), dataset = read(file, {"messages": messages, "system": "s"})
+    assert conversation.messages == messages
+    assert dataset[0]["notes"] == notes
+    assert fault(file, {"messages": messages, "system": {"x": 1}}) == "system is no text but dict"
+
+
 @pytest.mark.parametrize(
     ("train_on", "is_trained"),
     [
@@ -292,6 +356,8 @@ def test_other_names_by_a_mapping(file):
     ("arguments", "reason"),
     [
         ({"columns": {"messages": "chat"}}, r"columns={messages: chat}: the rows have no such column; they have a, b"),
+        ({"columns": {"message": "a"}}, r"columns={message: a}: there is no field message; the fields are messages, role"),
+        ({"train_on_input": True}, "ChatDataset has no argument train_on_input, nor does reading JSON take any"),
         ({}, r"the rows do not fit any format: they have the columns a, b; say what they hold by columns={messages: NAME}"),
         ({"format": "alpaca"}, "the rows do not fit format=alpaca"),
         ({"format": "xml"}, "dataset: format=xml must be one of auto, openai"),
@@ -359,6 +425,10 @@ def test_a_table_of_text(tmp_path):
     tokenizer = Recorder()
     ChatDataset(tokenizer, data_files=str(tmp_path / "rows.csv"))[0]
     assert tokenizer.conversations[0].messages == [user("a, b"), assistant('c "d"')]
+    with (tmp_path / "chats.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([("messages",), (json.dumps(ROWS[0]["messages"]),)])
+    ChatDataset(tokenizer, data_files=str(tmp_path / "chats.csv"))[0]
+    assert tokenizer.conversations[1].messages == ROWS[0]["messages"]
 
 
 def test_folders_patterns_and_several_files(tmp_path):
@@ -366,12 +436,17 @@ def test_folders_patterns_and_several_files(tmp_path):
     lines(tmp_path / "0.jsonl", *ROWS[:2])
     lines(tmp_path / "1.jsonl", *ROWS[2:3])
     lines(tmp_path / "more" / "2.jsonl", *ROWS[3:])
+    (tmp_path / "more" / "3.jsonl").write_text("")
     (tmp_path / "notes.txt").write_text("not data")
     for data_files in (str(tmp_path), f"{tmp_path}/**/*.jsonl", [f"{tmp_path}/?.jsonl", f"{tmp_path}/more"]):
         tokenizer = Recorder()
         assert contents(ChatDataset(tokenizer, data_files=data_files), tokenizer) == [f"a{i}" for i in range(6)]
     with pytest.raises(ConfigError, match=r"notes.txt must end in .jsonl, .json, .parquet, .arrow, .csv"):
         ChatDataset(Recorder(), data_files=str(tmp_path / "notes.txt"))
+    with pytest.raises(ConfigError, match=r"data_files=nothing.jsonl: there is no such file \(looked from "):
+        ChatDataset(Recorder(), data_files="nothing.jsonl")
+    with pytest.raises(ConfigError, match=r"source=some/name and data_files are two sources; set one of them to null"):
+        ChatDataset(Recorder(), data_files="nothing.jsonl", source="some/name")
     datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "3.parquet")
     with pytest.raises(ConfigError, match=r"of several kinds \(json, parquet\); make a list of data sets"):
         ChatDataset(Recorder(), data_files=str(tmp_path))

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,9 +76,12 @@ class ChatDataset:
         self._rewritten_turns = rewritten_turns
         if isinstance(data_files, str) and is_saved(data_files):
             data_files, source = None, data_files
-        files = [file for name in strings(data_files) for file in matching_files(name)]
-        if files and source not in (None, "json", "parquet", "csv", "arrow"):
+        names = list(strings(data_files))
+        files = [file for name in names for file in matching_files(name)]
+        if names and source not in (None, "json", "parquet", "csv", "arrow"):
             raise ConfigError(f"dataset: source={source} and data_files are two sources; set one of them to null")
+        if names and not files:
+            raise ConfigError(f"dataset: data_files={', '.join(names)}: there is no such file (looked from {Path.cwd()})")
         self._rows = open_rows(files, source, split, load_dataset)
         looked_at = [row for row in map(self._row_or_none, range(min(len(self._rows), _LOOKED_AT))) if row is not None]
         if len(self._rows) and not looked_at:
@@ -114,10 +119,9 @@ class ChatDataset:
         row = self._rows[index]
         if not isinstance(row, Mapping):
             raise DataError(f"no JSON object but {type(row).__name__}")
-        if self._format.name == "text":
-            return [self._text(row)]
-        if self._format.name == "tokens":
-            return [self._ids(row)]
+        if self._format.name in ("text", "tokens"):
+            notes = self._format.unused(row)
+            return [replace(self._text(row) if self._format.name == "text" else self._ids(row), notes=notes)]
         turns = self._format.read(row)
         is_trained = self._is_trained(turns)
         if fault := fault_of(turns.messages, is_trained):
@@ -130,13 +134,7 @@ class ChatDataset:
         else:
             chats = [_encode_plainly(self._tokenizer, conversation)]
         if turns.notes:
-            chats[0] = EncodedChat(
-                tokens=chats[0].tokens,
-                is_target=chats[0].is_target,
-                turn_starts=chats[0].turn_starts,
-                roles=chats[0].roles,
-                notes=turns.notes + Counter(chats[0].notes),
-            )
+            chats[0] = replace(chats[0], notes=turns.notes + Counter(chats[0].notes))
         return chats
 
     def _is_trained(self, turns: Turns) -> list[bool]:
@@ -173,9 +171,8 @@ class ChatDataset:
             raise DataError(f"{column} is no list of token ids")
         most = getattr(self._tokenizer, "vocab_size", None)
         if min(ids) < 0 or (most is not None and max(ids) >= most):
-            raise DataError(
-                f"{column} holds {min(ids) if min(ids) < 0 else max(ids)}, the tokenizer has ids of 0 to {(most or 0) - 1}"
-            )
+            known = "from 0 on" if most is None else f"of 0 to {most - 1}"
+            raise DataError(f"{column} holds {min(ids) if min(ids) < 0 else max(ids)}, the tokenizer has ids {known}")
         if not all(row.get("attention_mask") or [1]):
             raise DataError("attention_mask is 0 somewhere: padding has no place here, cut it off")
         labels = row.get(self._format.columns.get("labels", "labels"), ids)
@@ -183,7 +180,11 @@ class ChatDataset:
             raise DataError(f"labels are no list of as many as {column}: {len(ids)}")
         if any(label not in (IGNORE_INDEX, i) for label, i in zip(labels, ids, strict=True)):
             raise DataError(f"labels must equal {column} or be {IGNORE_INDEX}, not shifted; these are others")
-        return _one_piece(ids, [label != IGNORE_INDEX for label in labels])
+        masked = self._format.columns.get("loss_mask", "loss_mask")
+        mask = row.get(masked, [1] * len(ids))
+        if not isinstance(mask, list) or len(mask) != len(ids) or not set(mask) <= {0, 1}:
+            raise DataError(f"{masked} is no list of as many as {column}, each 0 or 1")
+        return _one_piece(ids, [label != IGNORE_INDEX and bool(kept) for label, kept in zip(labels, mask, strict=True)])
 
     def _row_or_none(self, index: int) -> Mapping[str, Any] | None:
         return None if self._fault(index) else self._rows[index]

@@ -79,6 +79,8 @@ def open_rows(files: Sequence[Path], source: str | None, split: str, arguments: 
             f"dataset: data_files are of several kinds ({', '.join(sorted(kinds))}); make a list of data sets of them"
         )
     (kind,) = kinds
+    if kind == "json" and arguments:  # nothing else would say so: they are not handed to a loader
+        raise ConfigError(f"dataset: ChatDataset has no argument {', '.join(arguments)}, nor does reading JSON take any")
     if kind != "json":
         names = [str(file) for file in files]
         return _WithoutNulls(_load(kind, split, {**arguments, "data_files": {_name(split): names}}))

@@ -37,7 +37,9 @@ _HARMLESS = {
 }
 _HARMLESS |= {"source", "tokens", "num_tokens", "token_count", "length", "parent", "parent_id", "message_id", "annotations"}
 # Columns beside a conversation that say something about its training, which nothing here takes up.
-_UNUSED_COLUMNS = {"chosen", "rejected", "documents", "chat_template_kwargs", "weight", "reward", *_REASONING}
+_UNUSED_COLUMNS = {"chosen", "rejected", "label", "documents", "chat_template_kwargs", "weight", "reward", *_REASONING}
+# Columns that a conversation's formats use, and the others do not.
+_OF_TURNS = {"tools", "functions", "system", "messages"}
 
 
 @dataclass(slots=True)
@@ -67,28 +69,33 @@ class ChatFormat:
     """How a data set's rows are written.
 
     Args:
-        name: ``openai``, ``sharegpt``, ``alpaca`` or ``prompt_completion``.
+        name: of the format.
         columns: what stands where: the column (or a message's key) of each of the format's fields.
         roles: what this data set's roles are, before those that are known anyway.
+        also_fits: names of other formats that the rows could be read as.
     """
 
     name: str
     columns: Mapping[str, str]
     roles: Mapping[str, str] = field(default_factory=dict)
+    also_fits: tuple[str, ...] = ()
 
-    def read(self, row: Row) -> Turns:
-        """Read a row.
+    def unused(self, row: Row) -> Counter[str]:
+        """Note the columns that say something about a row's training, which this format does not take up.
 
         Raises:
-            DataError: it is no conversation, or holds something that would be lost.
+            DataError: the row has images or the like.
         """
-        turns = Turns()
         for key in _MEDIA:
             if row.get(key):
                 raise DataError(f"the row has {key}, which text models do not take; leave the column out if none is meant")
-        for key in _UNUSED_COLUMNS - set(self.columns.values()):
-            if row.get(key) not in (None, "", [], {}):
-                turns.notes[f"column {key!r} is not used"] += 1
+        unused = _UNUSED_COLUMNS | (_OF_TURNS if self.name in ("text", "tokens") else set())
+        keys = sorted(unused - set(self.columns.values()))
+        return Counter(f"column {key!r} is not used" for key in keys if row.get(key) not in (None, "", [], {}))
+
+    def read(self, row: Row) -> Turns:
+        """Read a conversation; one that is none, or holds something that would be lost, is a `DataError`."""
+        turns = Turns(notes=self.unused(row))
         turns.tools = _tools(row, self._at("tools"))
         system = row.get(self._at("system"))
         {
@@ -97,10 +104,18 @@ class ChatFormat:
             "alpaca": self._read_alpaca,
             "prompt_completion": self._read_pair,
         }[self.name](row, turns)
-        if isinstance(system, str) and system and turns.messages[0]["role"] != "system":
-            turns.messages.insert(0, {"role": "system", "content": system})
-            turns.may_train.insert(0, True)
+        if system:
+            self._add_system(_text(system, self._at("system")), turns)
         return turns
+
+    def _add_system(self, content: str, turns: Turns) -> None:
+        """Put a row's system prompt first, unless the messages have their own."""
+        own = [message["content"] for message in turns.messages if message["role"] == "system"]
+        if not own:
+            turns.messages.insert(0, {"role": "system", "content": content})
+            turns.may_train.insert(0, True)
+        elif content not in own:
+            turns.notes[f"column {self._at('system')!r} is not used: the messages have a system turn"] += 1
 
     def _at(self, name: str) -> str:
         return self.columns.get(name, name)

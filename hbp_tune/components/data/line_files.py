@@ -55,11 +55,15 @@ class LineFiles:
 
 
 def read_array(file: Path) -> list[Any] | None:
-    """Read a file of JSON that holds all rows in one array, alone or as the only list of an object; None for JSON lines.
+    """Read a file of JSON that holds all rows in one array, alone or as the only list of an object.
+
+    None for JSON lines, and where there is nothing, as some of a data set's many files may have.
 
     Raises:
         ConfigError: it is no JSON.
     """
+    if next(numbered_lines(file), None) is None:
+        return None
     if is_json_lines(file):
         first = next(numbered_lines(file))[1]
         if parse_line(first)[1] is None or first.strip() != b"{":

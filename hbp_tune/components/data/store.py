@@ -217,4 +217,4 @@ def default_store_directory() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "hbp_tune"
 
 
-_FORMAT = "token store 3"  # raised when the columns or their meaning change
+_FORMAT = "token store 4"  # raised when the columns or their meaning change
