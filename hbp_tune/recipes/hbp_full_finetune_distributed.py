@@ -181,9 +181,9 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self._checkpointer = self._setup_checkpointer(cfg.checkpointer)
         self._num_workers = cfg.get("num_workers") or 0
         self._data, self._store = self._setup_data(cfg, "dataset")
-        self._num_targets = self._store.num_targets_within(
-            self._groups[-1].pack_len, cut_of(getattr(self._planner, "overlong", "error"))
-        )
+        # A saved plan may be of another policy than the planner; its samples are cut, and so counted, by its own.
+        cut = from_rank_zero(lambda: self._saved_plans[0].cut) if self._plan_file else getattr(self._planner, "overlong", "error")
+        self._num_targets = self._store.num_targets_within(self._groups[-1].pack_len, cut_of(cut))
         self._validator = self._setup_validation(cfg) if "dataset_val" in self._data_settings else None
         self._progress = ProgressSaver(
             progress,

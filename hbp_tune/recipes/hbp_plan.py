@@ -307,6 +307,7 @@ class HBPPlanRecipe:
     def _compare(self, plan: EpochPlan) -> tuple[EpochPlan, dict[str, PlanMetrics]]:
         """Pack the plan's samples to one length, by each baseline's packer."""
         naive, metrics = plan, {}
+        drawn = self._draw(0)
         for name in self._baselines:
             baseline = plan_baseline(
                 name,
@@ -315,8 +316,8 @@ class HBPPlanRecipe:
                 world_size=self.world_size,
                 seed=self.seed,
                 tokens_per_step=getattr(self._planner, "tokens_per_step", None),  # a planner of the user's may have none
-                overlong=plan.cut if len(plan.truncated) else "drop" if len(plan.dropped) else "error",
-                sample_ids=self._draw(0),
+                overlong=plan.cut,
+                sample_ids=drawn[~np.isin(drawn, plan.dropped)],
             )
             metrics[name] = measure(baseline, self._cost, self._classes)
             if name == "isf":

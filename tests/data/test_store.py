@@ -35,6 +35,23 @@ def test_cut_samples_count_the_targets_that_are_left(tmp_path: Path) -> None:
     assert tokens.tolist() == [5, 6, 1]
 
 
+@pytest.mark.parametrize(
+    ("cut", "kept", "num_targets"),
+    [
+        ("truncate_middle", [*range(20), *range(30, 60)], 10),  # of 50 that are no targets, the 10 in the middle
+        ("truncate_start", [0, *range(11, 60)], 10),
+        ("truncate_end", list(range(50)), 0),
+    ],
+)
+def test_a_sample_is_cut_as_asked_between_whole_ones(tmp_path: Path, cut: str, kept: list[int], num_targets: int) -> None:
+    tokens = list(range(100, 160))
+    store = open_token_store([FIRST, Rows((tokens, [-100] * 50 + tokens[50:]))], tmp_path / "store")
+    read, is_target = store.read(np.array([0, 2, 1]), np.array([3, 50, 2]), cut)
+    assert read.tolist() == [5, 6, 7, *(100 + i for i in kept), 8, 9]
+    assert is_target.tolist() == [False, True, True, *(i >= 50 for i in kept), True, True]
+    assert store.num_targets_within(50, cut).tolist() == [2, 1, num_targets]
+
+
 def test_reading_no_sample_gives_nothing(tmp_path: Path) -> None:
     store = open_token_store([FIRST], tmp_path / "store")
     tokens, is_target = store.read(np.array([], dtype=np.int32), np.array([], dtype=np.int32))

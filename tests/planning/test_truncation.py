@@ -69,6 +69,30 @@ def test_so_many_tokens_stay_in_their_order_and_targets_wherever_others_can_give
         assert is_target[kept].sum() == is_target.sum()
 
 
+def one_by_one(is_target: np.ndarray, max_len: int, cut: str) -> list[int]:
+    """Take tokens out one after the other: those next to the middle of a run first, or those behind the first token."""
+    runs = [list(run) for run in np.split(np.arange(len(is_target)), np.flatnonzero(np.diff(is_target)) + 1)]
+    masked = [run for run in runs if not is_target[run[0]]]
+    if cut == "truncate_middle":
+        shrinking, at, fewest = sorted(masked, key=len, reverse=True), lambda run: len(run) // 2, 2 * KEPT
+    else:
+        shrinking, at, fewest = [run for run in masked if run[0] == 0], lambda run: 1, 1 + KEPT
+    for run in shrinking if cut != "truncate_end" else []:
+        while sum(map(len, runs)) > max_len and len(run) > fewest:
+            del run[at(run)]
+    return [int(i) for run in runs for i in run][:max_len]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("seed", range(50))
+def test_the_tokens_that_stay_are_those_of_taking_one_by_one(cut: str, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, random.choice([20, 60, 120]), size=random.integers(2, 9))
+    is_target = mask(*([0] if seed % 2 else []), *lengths)  # every second sample begins with a target
+    max_len = int(random.integers(1, len(is_target)))
+    assert kept_tokens(is_target, max_len, cut).tolist() == one_by_one(is_target, max_len, cut)
+
+
 def test_policies_name_a_cut() -> None:
     assert [cut_of(name) for name in ("truncate", "truncate_start", "drop")] == [
         "truncate_middle",

@@ -201,6 +201,18 @@ def test_what_planning_warns_of_is_said_once(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "out/overlong.csv").read_text().split()[1:] == [f"158,{cfg.lengths},,158,,2000,dropped"]
 
 
+def test_baselines_pack_what_the_plan_packs(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    cfg.dataset.lengths = [*LENGTHS, 600, 2000]
+    cfg.planner.overlong = "truncate_end"
+    report = plan(cfg)
+    # A third of each sample is masked: 512 tokens of the last hold no target.
+    assert (report.plan.truncated.tolist(), report.plan.dropped.tolist()) == ([len(LENGTHS)], [len(LENGTHS) + 1])
+    assert sorted(report.naive.sample_ids.tolist()) == sorted(report.plan.sample_ids.tolist())
+    said = f"; 1 cut by truncate_end, 1 dropped, as no target of theirs would be left, all listed in {tmp_path}"
+    assert any(said in line for line in report.warnings)
+
+
 def test_a_plan_by_chance_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan(with_lengths(tmp_path, LENGTHS, seed=None))
     assert "No seed is set: this is the plan of seed=" in capsys.readouterr().out
@@ -366,6 +378,21 @@ def test_training_takes_a_saved_plan(tmp_path: Path, ranks: Callable[[int], Rank
     for got, want in zip(from_file[0][1], by_itself[0][1], strict=True):
         names = ("step", "loss", "grad_norm", "lr", "num_tokens", "pack_len", "cp_degree", "abr", "dbr", "pr", "cr")
         assert [got[name] for name in names] == [want[name] for name in names]
+
+
+def test_a_saved_plan_says_how_samples_are_cut(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
+    cfg = config(tmp_path, world_size=2, max_steps=3)
+    cfg.dataset.lengths = [*LENGTHS[:10], 600, 700]
+    cfg.planner.overlong = "truncate_end"
+    report = plan(cfg)
+    assert len(report.plan.truncated) == 2
+    by_itself = ranks(2).run(train_job, cfg)
+    cfg.plan_file = str(tmp_path / "out/plan.parquet")
+    cfg.planner.overlong = "error"
+    from_file = ranks(2).run(train_job, cfg)
+    # Weights that count targets of another cut would change losses and gradients.
+    for got, want in zip(from_file[0][1], by_itself[0][1], strict=True):
+        assert [got[name] for name in ("loss", "grad_norm")] == [want[name] for name in ("loss", "grad_norm")]
 
 
 def test_a_saved_plan_of_another_run_is_refused_before_training(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:

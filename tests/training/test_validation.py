@@ -1,9 +1,18 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hbp_tune.components import BalancePlanner, CostModel, PackingGroup, TokenStore, open_token_store, plan_validation
+from hbp_tune.components import (
+    BalancePlanner,
+    CostModel,
+    EpochPlan,
+    PackingGroup,
+    TokenStore,
+    open_token_store,
+    plan_validation,
+)
 from hbp_tune.components.planning.errors import DataError, PackingError
 from hbp_tune.components.training.validation import bucket_bounds, describe_validation
 from tests.helpers import RandomTokens
@@ -35,6 +44,15 @@ def test_samples_whose_targets_are_all_cut_away_are_dropped(tmp_path: Path) -> N
     assert (sorted(plan.sample_ids.tolist()), plan.dropped.tolist()) == ([0], [1, 2])
     plan = plan_validation(BalancePlanner(overlong="truncate"), store, GROUPS, world_size=2, cost=CostModel())
     assert (sorted(plan.sample_ids.tolist()), plan.dropped.tolist()) == ([0, 1, 2], [])
+
+
+def test_a_planner_of_the_user_s_needs_no_policy(tmp_path: Path) -> None:
+    class Own:
+        def plan(self, *arguments: Any, **named: Any) -> EpochPlan:
+            return BalancePlanner().plan(*arguments, **named)
+
+    plan = plan_validation(Own(), store_of(tmp_path, [250, 40]), GROUPS, world_size=2, cost=CostModel())
+    assert sorted(plan.sample_ids.tolist()) == [0, 1]
 
 
 def test_no_target_at_all_is_an_error(tmp_path: Path) -> None:

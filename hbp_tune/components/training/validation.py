@@ -41,7 +41,8 @@ def plan_validation(
         HbpError: the planner cannot place the data; of the planner's own kind.
         DataError: no sample has a target.
     """  # noqa: DOC502 - the kind is not known here
-    num_targets = store.num_targets_within(groups[-1].pack_len, cut_of(planner.overlong))
+    overlong = getattr(planner, "overlong", "error")  # a planner of the user's may have none
+    num_targets = store.num_targets_within(groups[-1].pack_len, cut_of(overlong))
     if not num_targets.any():
         raise DataError("dataset_val has no target: no sample has an assistant turn that counts toward the loss; check its rows")
     # A step without a target divides nothing here; only samples that are cut must have one left.
