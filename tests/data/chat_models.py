@@ -1,10 +1,14 @@
 """Tokenizers with chat templates of well-known kinds, made on the spot as folders that transformers loads."""
 
+import itertools
 import json
 from functools import cache
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+from hbp_tune.components.data.conversation import Conversation
 
 TEMPLATES = Path(__file__).parent / "templates"
 _TEXTS = [
@@ -80,3 +84,40 @@ def write_model(folder: Path, kind: str) -> Path:
     template = (TEMPLATES / f"{kind}.jinja").read_text(encoding="utf-8").removesuffix("\n")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return folder
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "name_river", "arguments": {"where": "東京", "n": 2}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "name_river", "description": "Names.", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def assistant(content, **fields):
+    return {"role": "assistant", "content": content, **fields}
+
+
+def encoded(tokenizer, messages, tools=None, trained=("assistant",), **arguments):
+    is_trained = [message["role"] in trained for message in messages]
+    return tokenizer.encode_conversation(Conversation(messages=messages, is_trained=is_trained, tools=tools), **arguments)
+
+
+def reference(folder, messages, tools=None, **variables):
+    return AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        messages, tools=tools, tokenize=True, return_dict=False, date_string="26 Jul 2024", **variables
+    )
+
+
+def targets(tokenizer, chat):
+    """Give the text of each run of targets."""
+    pairs = zip(chat.tokens.tolist(), chat.is_target.tolist(), strict=True)
+    runs = [(is_target, [token for token, _ in run]) for is_target, run in itertools.groupby(pairs, key=lambda pair: pair[1])]
+    return [tokenizer.decode(run) for is_target, run in runs if is_target]

@@ -15,29 +15,10 @@ from hbp_tune.components.data.conversation import Conversation
 from hbp_tune.components.data.hf_tokenizer import HFTokenizer
 from hbp_tune.components.data.token_places import TokenPlaces, among_offsets
 from hbp_tune.components.planning.errors import ConfigError, DataError
-from tests.data.chat_models import KINDS, write_model
+from tests.data.chat_models import CALL, KINDS, TOOL, assistant, encoded, reference, system, targets, user, write_model
 
-CALL = {"id": "1", "type": "function", "function": {"name": "name_river", "arguments": {"where": "東京", "n": 2}}}
-TOOL = {
-    "type": "function",
-    "function": {"name": "name_river", "description": "Names.", "parameters": {"type": "object", "properties": {}}},
-}
 HAS_SYSTEM = tuple(kind for kind in KINDS if kind not in ("mistral", "gemma"))
 HAS_TOOLS = ("qwen2_5", "qwen3", "llama3_1")
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def system(content):
-    return {"role": "system", "content": content}
-
-
-def assistant(content, **fields):
-    return {"role": "assistant", "content": content, **fields}
-
-
 PLAIN = {
     "one turn": [user("Where does the river end?"), assistant("In the sea.")],
     "turns": [user("Where?"), assistant("In the sea."), user("Else?"), assistant("Nowhere."), user("So?"), assistant("So.")],
@@ -60,24 +41,6 @@ def folders(tmp_path_factory):
 
 def tokenizer(folders, kind, **arguments):
     return HFTokenizer(str(folders[kind]), **arguments)
-
-
-def encoded(tokenizer, messages, tools=None, trained=("assistant",), **arguments):
-    is_trained = [message["role"] in trained for message in messages]
-    return tokenizer.encode_conversation(Conversation(messages=messages, is_trained=is_trained, tools=tools), **arguments)
-
-
-def reference(folder, messages, tools=None, **variables):
-    return AutoTokenizer.from_pretrained(folder).apply_chat_template(
-        messages, tools=tools, tokenize=True, return_dict=False, date_string="26 Jul 2024", **variables
-    )
-
-
-def targets(tokenizer, chat):
-    """Give the text of each run of targets."""
-    pairs = zip(chat.tokens.tolist(), chat.is_target.tolist(), strict=True)
-    runs = [(is_target, [token for token, _ in run]) for is_target, run in itertools.groupby(pairs, key=lambda pair: pair[1])]
-    return [tokenizer.decode(run) for is_target, run in runs if is_target]
 
 
 def targets_by_prompts(folder, tokenizer, messages, tools, end):
@@ -185,7 +148,7 @@ def test_reasoning_can_be_masked_or_dropped(folders):
     (dropped,) = encoded(chosen, THOUGHTS[2:], reasoning="drop")
     assert dropped.tokens.tolist() == reference(folders["qwen3"], [THOUGHTS[2], assistant("3")])
     assert targets(chosen, dropped) == ["3<|im_end|>"]
-    assert dict(dropped.notes) == {"turns whose reasoning_content is left out, as reasoning=drop": 1}
+    assert dict(dropped.notes) == {"turns whose reasoning is left out, as reasoning=drop": 1}
 
 
 def test_reasoning_written_in_the_content_is_trained_as_it_is_rendered(folders):

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date as Date
 from functools import cached_property
@@ -14,8 +14,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from torchtune.data import Message
 
-from hbp_tune.components.config.sources import tokenizer_files
-from hbp_tune.components.data.chat_template import ChatTemplate, Rendering
+from hbp_tune.components.config.sources import strings, tokenizer_files
+from hbp_tune.components.data.chat_template import WRITTEN_REASONING, ChatTemplate, Rendering
 from hbp_tune.components.data.conversation import REASONING, REWRITTEN_TURNS, Conversation, EncodedChat
 from hbp_tune.components.data.special_text import SpecialText
 from hbp_tune.components.data.token_places import TokenPlaces
@@ -102,7 +102,14 @@ class HFTokenizer:
                 f"the tokenizer in {self._path} has no chat template; take an instruct model's, or set tokenizer.chat_template "
                 "to a file that holds one"
             )
-        return ChatTemplate(self._hf, source, variables=self._variables, today=self.date, special_tokens=list(self._special.ids))
+        return ChatTemplate(
+            self._hf,
+            source,
+            variables=self._variables,
+            today=self.date,
+            special_tokens=list(self._special.ids),
+            added_tokens=[token.content for token in self._backend.get_added_tokens_decoder().values()],
+        )
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Tokenise plain text, between the tokens that begin and end a text where the model has them."""
@@ -164,17 +171,13 @@ class HFTokenizer:
         notes: Counter[str] = Counter()
         if reasoning == "drop":
             conversation, num_dropped = _without_reasoning(conversation)
-            notes += Counter({"turns whose reasoning_content is left out, as reasoning=drop": num_dropped})
-        spelt = Counter(token for message in conversation.messages for token in self._special.spelt_in(message.get("content")))
+            notes += Counter({"turns whose reasoning is left out, as reasoning=drop": num_dropped})
+        spelt = Counter(token for text in _texts(conversation) for token in self._special.spelt_in(text))
         for token, count in spelt.items():
             how = "plain text" if self._is_plain else "that token; special_tokens_in_text=plain reads it as text"
             notes[f"spells {token} in its text, read as {how}"] += count
         if spelt and self._is_plain:
-            messages = [
-                {**message, "content": self._special.broken(message["content"])} if message.get("content") else message
-                for message in conversation.messages
-            ]
-            conversation = replace(conversation, messages=messages)
+            conversation = _with_texts(conversation, self._special.broken)
         roles = [message["role"] for message in conversation.messages]
         renderings = self.template.read(conversation, reasoning=reasoning, rewritten_turns=rewritten_turns)
         chats = [self._encoded(rendering, roles, is_plain=bool(spelt) and self._is_plain) for rendering in renderings]
@@ -270,9 +273,40 @@ def _parse_date(text: str) -> Date:
 
 
 def _without_reasoning(conversation: Conversation) -> tuple[Conversation, int]:
-    """Leave out the reasoning of all messages, and count those that had some."""
-    num_dropped = sum(bool(message.get("reasoning_content")) for message in conversation.messages)
-    if not num_dropped:
-        return conversation, 0
-    messages = [{key: message[key] for key in message if key != "reasoning_content"} for message in conversation.messages]
+    """Leave out the reasoning of all assistant turns, also what their content holds of it, and count those that had some."""
+    messages = []
+    num_dropped = 0
+    for message in conversation.messages:
+        kept = {key: value for key, value in message.items() if key != "reasoning_content"}
+        if message["role"] == "assistant" and isinstance(content := message.get("content"), str):
+            kept["content"] = WRITTEN_REASONING.sub("", content, count=1) if WRITTEN_REASONING.match(content) else content
+        num_dropped += bool(message.get("reasoning_content")) or kept.get("content") != message.get("content")
+        messages.append(kept)
     return replace(conversation, messages=messages), num_dropped
+
+
+# Fields of a message that hold what somebody has written.
+_WRITTEN = ("content", "reasoning_content", "tool_calls")
+
+
+def _texts(conversation: Conversation) -> Iterator[str]:
+    """Give all that was written into a conversation, its tools included."""
+    for message in conversation.messages:
+        yield from strings([message.get(key) for key in _WRITTEN])
+    yield from strings(conversation.tools)
+
+
+def _with_texts(conversation: Conversation, change: Callable[[str], str]) -> Conversation:
+    """Change all that was written into a conversation, its tools included."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, str):
+            return change(value)
+        if isinstance(value, Mapping):
+            return {key: changed(item) for key, item in value.items()}
+        return [changed(item) for item in value] if isinstance(value, list | tuple) else value
+
+    messages = [
+        {key: changed(value) if key in _WRITTEN else value for key, value in message.items()} for message in conversation.messages
+    ]
+    return replace(conversation, messages=messages, tools=changed(conversation.tools))

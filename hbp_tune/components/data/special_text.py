@@ -72,5 +72,8 @@ class SpecialText:
 
     @cached_property
     def _ids_of_renamed(self) -> dict[int, int]:
-        ids = {self._renamed.token_to_id(_OPEN + name + _CLOSE): i for name, i in self.ids.items()}
+        # All added tokens: where special ones take new numbers, those of others may change, too.
+        added = self._backend.get_added_tokens_decoder().items()
+        names = {_OPEN + token.content + _CLOSE if token.special else token.content: i for i, token in added}
+        ids = {self._renamed.token_to_id(name): i for name, i in names.items()}
         return {new: old for new, old in ids.items() if new is not None and new != old}

@@ -1,6 +1,7 @@
 """Tokens of a text, and where in it each lies."""
 
 import itertools
+import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -81,7 +82,10 @@ def among_offsets(
     starts = np.append(starts, len(text))
     reached = np.maximum.accumulate(np.concatenate(([0], ends)))
     for token in np.flatnonzero(starts > reached):
-        if lost := text[reached[token] : starts[token]].strip():
+        begin, end = max(int(reached[token]) - 1, 0), int(starts[token])
+        lost = text[begin + 1 : end].strip()
+        # What composes with the letter before it is in that letter's token.
+        if lost and len(unicodedata.normalize("NFC", text[begin:end])) > 1:
             raise DataError(f"the tokenizer has no token for {lost[:20]!r}, which the rendered conversation holds")
     return _among(starts, reached, np.array(places, dtype=np.int64))
 
