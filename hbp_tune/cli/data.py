@@ -105,7 +105,7 @@ def _samples_of_row(data: LoadedData, store: TokenStore, row: str) -> list[int]:
     """
     label, _, number = row.rpartition(":")
     labels = list(data.labels)
-    if not number.isdigit() or (label and label not in labels):
+    if not number.isdecimal() or (label and label not in labels):
         raise ConfigError(f"--row {row} must be a row's number, or LABEL:number; labels are {', '.join(labels)}")
     source = labels.index(label) if label else 0
     index = int(number)

@@ -206,6 +206,7 @@ def test_token_ids(file):
         ({"input_ids": [5, 6], "labels": [6]}, "labels are no list of as many as input_ids: 2"),
         ({"input_ids": [5, 6], "attention_mask": [1, 0]}, "attention_mask is 0 somewhere: padding has no place here, cut it off"),
         ({"input_ids": []}, "input_ids is no list of token ids"),
+        ({"input_ids": [5, 6], "attention_mask": 1}, "attention_mask is 0 somewhere: padding has no place here, cut it off"),
     ],
 )
 def test_token_ids_that_do_not_fit(file, row, reason):
@@ -242,6 +243,12 @@ def test_token_ids_that_do_not_fit(file, row, reason):
             "message 1: a call's arguments is no",
         ),
         ([user("a"), assistant("", tool_calls=[{"function": {}}])], "message 1: a call has no name"),
+        ([{"role": ["user"], "content": "a"}, assistant("b")], "role ['user'] is unknown"),
+        ([user([{"type": ["text"], "text": "a"}]), assistant("b")], "message 0 holds a part of type ['text'], which text"),
+        (
+            [user("a"), {"role": "function_call", "content": '{"name": "f", "arguments": {}}', "tool_calls": [CALL]}],
+            "message 1 is a call and has tool_calls besides",
+        ),
     ],
 )
 def test_rows_that_would_lose_something_are_refused(file, messages, reason):
@@ -251,6 +258,33 @@ def test_rows_that_would_lose_something_are_refused(file, messages, reason):
 def test_images_beside_the_conversation_are_refused(file):
     row = {"messages": [user("a"), assistant("b")], "images": ["x.png"]}
     assert fault(file, row) == "the row has images, which text models do not take; leave the column out if none is meant"
+
+
+@pytest.mark.parametrize("tools", [[{"name": 3}], [{"function": "add"}], [{"function": {"name": ["add"]}}], [3], ["3"]])
+def test_tools_that_are_no_functions_are_refused(file, tools):
+    row = {"messages": [user("a"), assistant("b")], "tools": tools}
+    assert fault(file, row) == "tools holds something else than functions with a name"
+
+
+def test_an_empty_text_is_no_tool(file):
+    (conversation,), _ = read(file, {"messages": [user("a"), assistant("b")], "tools": "  "})
+    assert conversation.tools is None
+
+
+def test_a_history_that_is_none_is_refused(file):
+    good = {"instruction": "a", "input": "", "output": "b"}
+    assert fault(file, good | {"history": 5}, good=good) == "history is no list of pairs of question and answer"
+
+
+def test_alpaca_s_input_is_called_context_too(file):
+    row = {"instruction": "Which river?", "context": "Tokyo", "response": "Sumida", "category": "qa"}
+    (conversation,), _ = read(file, row)
+    assert conversation.messages == [user("Which river?\nTokyo"), assistant("Sumida")]
+
+
+def test_a_context_beside_the_messages_is_counted(file):
+    _, dataset = read(file, {"messages": [user("a"), assistant("b")], "context": "Tokyo"})
+    assert dict(dataset[0]["notes"]) == {"column 'context' is not used": 1}
 
 
 def test_fields_that_are_not_used_are_counted(file):
@@ -365,6 +399,7 @@ def test_other_names_by_a_mapping(file):
         ({"reasoning": "no"}, "dataset: reasoning=no must be one of train, mask, drop"),
         ({"rewritten_turns": "no"}, "dataset: rewritten_turns=no must be one of mask, split, train"),
         ({"source": "some/name"}, "source=some/name and data_files are two sources; set one of them to null"),
+        ({"roles": {"bot": "model"}}, r"dataset: roles={bot: ...}=model must be one of system, user, assistant, "),
         ({"split": "train[x]"}, r"dataset: split=train\[x\] is no part of 1 rows"),
         ({"split": "test"}, "dataset: split=test: local files of JSON have the split 'train' alone"),
     ],
@@ -388,6 +423,30 @@ def test_bad_lines_are_bad_rows(file):
     assert len(dataset[4]["tokens"]) == 3
 
 
+def test_bad_lines_before_the_first_good_one(file):
+    file.write_text("broken\n" * 200 + json.dumps({"messages": [user("a"), assistant("b")]}) + "\n")
+    dataset = ChatDataset(Recorder(), data_files=str(file))
+    assert dataset.description.startswith("OpenAI messages")
+    assert len(dataset[200]["tokens"]) == 3
+    file.write_text("broken\n" * 200)
+    with pytest.raises(ConfigError, match="none of the first 200 rows of dataset can be read: broken JSON"):
+        ChatDataset(Recorder(), data_files=str(file))
+
+
+@pytest.mark.parametrize("split", ["train", "train[1:]"])
+def test_bad_rows_of_an_array(tmp_path, split):
+    good = json.dumps({"messages": [user("a"), assistant("b")]})
+    path = tmp_path / "rows.json"
+    path.write_text(f'[{good}, [1], {{"messages": [{{"role": "user", "content": "\\ud800"}}]}}, {good}]')
+    dataset = ChatDataset(Recorder(), data_files=str(path), split=split)
+    reasons = []
+    for index in range(len(dataset) - 3, len(dataset) - 1):
+        with pytest.raises(DataError) as caught:
+            dataset[index]
+        reasons.append(str(caught.value))
+    assert reasons == ["no JSON object but a list", "broken Unicode escape"]
+
+
 ROWS = [{"messages": [user(f"a{i}"), assistant(f"b{i}")]} for i in range(6)]
 
 
@@ -397,15 +456,25 @@ def contents(dataset, tokenizer):
     return [conversation.messages[0]["content"] for conversation in tokenizer.conversations]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json of an array", "json of an object", "parquet", "arrow", "saved"])
+JSON = {
+    "json of an array": lambda rows: json.dumps(rows, indent=1),
+    "json of an object": lambda rows: json.dumps({"data": rows}, indent=1),
+    "json of an array in one line": json.dumps,
+    "json of an object in one line": lambda rows: json.dumps({"data": rows}),
+    "json with a byte order mark": lambda rows: "\ufeff" + json.dumps(rows, indent=1),
+    "json of lines": lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", *JSON, "parquet", "arrow", "saved"])
 def test_kinds_of_files(tmp_path, kind):
     path = tmp_path / f"rows.{kind.split(' ')[0]}"
     if kind == "jsonl":
         lines(path, *ROWS)
     elif kind == "jsonl.gz":
         path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
-    elif kind.startswith("json of"):
-        path.write_text(json.dumps(ROWS if kind.endswith("array") else {"data": ROWS}, indent=1))
+    elif kind in JSON:
+        path.write_text(JSON[kind](ROWS), encoding="utf-8")
     elif kind == "parquet":
         datasets.Dataset.from_list(ROWS).to_parquet(path)
     else:
@@ -438,9 +507,16 @@ def test_folders_patterns_and_several_files(tmp_path):
     lines(tmp_path / "more" / "2.jsonl", *ROWS[3:])
     (tmp_path / "more" / "3.jsonl").write_text("")
     (tmp_path / "notes.txt").write_text("not data")
-    for data_files in (str(tmp_path), f"{tmp_path}/**/*.jsonl", [f"{tmp_path}/?.jsonl", f"{tmp_path}/more"]):
+    arrays = [tmp_path / "arrays" / f"{i}.json" for i in range(3)]
+    arrays[0].parent.mkdir()
+    for path, content in zip(arrays, (json.dumps(ROWS[:2]), "", json.dumps({"rows": ROWS[2:]})), strict=True):
+        path.write_text(content)
+    of_lines = [f"{tmp_path}/?.jsonl", f"{tmp_path}/more"]
+    for data_files in (f"{tmp_path}/**/*.jsonl", of_lines, str(tmp_path / "arrays")):
         tokenizer = Recorder()
         assert contents(ChatDataset(tokenizer, data_files=data_files), tokenizer) == [f"a{i}" for i in range(6)]
+    with pytest.raises(ConfigError, match="some data_files are JSON lines and others arrays; make a list of data sets of them"):
+        ChatDataset(Recorder(), data_files=str(tmp_path))
     with pytest.raises(ConfigError, match=r"notes.txt must end in .jsonl, .json, .parquet, .arrow, .csv"):
         ChatDataset(Recorder(), data_files=str(tmp_path / "notes.txt"))
     with pytest.raises(ConfigError, match=r"data_files=nothing.jsonl: there is no such file \(looked from "):

@@ -53,18 +53,29 @@ def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
     assert [number for number, _ in numbered_lines(tmp_path / "a.jsonl")] == [2, 5]
 
 
-def test_what_holds_json_lines(tmp_path: Path) -> None:
-    for name, content in {
-        "a.jsonl": GOOD,
-        "b.json": b"\n" + GOOD,
-        "c.json": b' [{"id": 1}]',
-        "d.parquet": GOOD,
-        "e.json": b"",
-    }.items():
-        (tmp_path / name).write_bytes(content)
-    with gzip.open(tmp_path / "f.JSONL.gz", "wb") as stream:
-        stream.write(GOOD)
-    assert [path.name for path in sorted(tmp_path.iterdir()) if is_json_lines(path)] == ["a.jsonl", "b.json", "f.JSONL.gz"]
+@pytest.mark.parametrize(
+    ("name", "content", "is_lines"),
+    [
+        ("a.jsonl", GOOD, True),
+        ("a.json", b"\n" + GOOD, True),
+        ("a.JSONL.gz", gzip.compress(GOOD), True),
+        ("a.json", b"", True),
+        ("a.parquet", GOOD, False),
+        ("a.json", b' [{"id": 1}]', False),
+        ("a.json", b'\xef\xbb\xbf[{"id": 1}]', False),
+        ("a.json", b'[\n{"id": 1}\n]', False),
+        ("a.json", b'{\n"data": [{"id": 1}]}', False),
+        ("a.json", b'{"data": [\n{"id": 1}\n]}', False),
+        ("a.json", b'{"data": [{"id": 1}]}', False),
+        ("a.jsonl", b'{"messages": [{"id": 1}]}', True),
+        ("a.jsonl", b'["bad"]\n' + GOOD, True),
+        ("a.jsonl", b"broken\n" + GOOD, True),
+        ("a.jsonl", b'{"id": \n' + GOOD, True),
+    ],
+)
+def test_what_holds_json_lines(tmp_path: Path, name: str, content: bytes, is_lines: bool) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert is_json_lines(tmp_path / name) == is_lines
 
 
 def test_a_copy_without_bad_lines_is_made_once(tmp_path: Path) -> None:

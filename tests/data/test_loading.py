@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hbp_tune.components.config.sources import DataSettings, data_settings
+from hbp_tune.components.data.estimate import CharacterEstimate
 from hbp_tune.components.data.loading import estimate_data, open_data
 from hbp_tune.components.data.sources import LoadedData
 from hbp_tune.components.data.store import Builder, TokenStore
@@ -161,6 +162,23 @@ def test_lines_that_cannot_be_loaded_count_beside_a_split_too(tmp_path: Path) ->
     loaded, store = opened(settings(str(tmp_path / "a.jsonl"), split="train[:2]"), tmp_path)
     assert texts(store) == ["Hi.Yo.", "How?So."]
     assert list(bad_lines(loaded)) == ["row 1 of a"]
+
+
+def test_bad_lines_of_our_own_data_set_are_rows_of_a_split(tmp_path: Path) -> None:
+    """A line that cannot be read takes a row's place, however often the data are loaded, and whatever was kept before."""
+    lines = [json.dumps(ROWS[0]), "{", json.dumps(ROWS[1]), json.dumps(ROWS[0])]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    node = {"_component_": "hbp_tune.components.ChatDataset", "data_files": str(tmp_path / "a.jsonl")}
+    opened(settings(node["data_files"]), tmp_path)  # by torchtune's data set, whose loader needs a copy without them
+    for split, lengths in (("train[:2]", [13]), ("train[1:]", [13, 13])):
+        loaded, store = open_data(
+            data_settings([node | {"split": split}], {"_component_": "estimate"}),
+            CharacterEstimate(),
+            tmp_path / "stores",
+            Builder(num_processes=1, show_progress=False),
+        )
+        assert store.lengths.tolist() == lengths
+        assert [reason.split(":")[0] for reason in bad_lines(loaded).values()] == ["broken JSON"]
 
 
 def test_a_file_without_one_good_line_is_the_loader_s_error(tmp_path: Path) -> None:

@@ -13,13 +13,15 @@ from torchtune.data import Message
 from hbp_tune.components.config.sources import matching_files, strings
 from hbp_tune.components.data.batch import IGNORE_INDEX
 from hbp_tune.components.data.chat_detection import FORMATS, describe_format, detect
-from hbp_tune.components.data.chat_files import is_saved, open_rows
-from hbp_tune.components.data.chat_rows import ChatFormat, Turns, fault_of
+from hbp_tune.components.data.chat_files import Rows, is_saved, open_rows
+from hbp_tune.components.data.chat_rows import ROLES, ChatFormat, Turns, fault_of
 from hbp_tune.components.data.conversation import REASONING, REWRITTEN_TURNS, Conversation, EncodedChat
 from hbp_tune.components.planning.errors import ConfigError, DataError
 
 # So many rows are looked at to find out what the others are.
 _LOOKED_AT = 100
+# So many are read to find them.
+_MOST_READ = 10_000
 _TRAIN_ON = ("assistant", "last_assistant", "all")
 
 
@@ -70,6 +72,8 @@ class ChatDataset:
         _check_choice("rewritten_turns", rewritten_turns, REWRITTEN_TURNS)
         if isinstance(train_on, str):
             _check_choice("train_on", train_on, (*_TRAIN_ON, "or a list of roles"))
+        for role, other in (roles or {}).items():
+            _check_choice(f"roles={{{role}: ...}}", other, tuple(dict.fromkeys(ROLES.values())))
         self._tokenizer = tokenizer
         self._train_on = train_on if isinstance(train_on, str) else tuple(train_on)
         self._reasoning = reasoning
@@ -83,9 +87,7 @@ class ChatDataset:
         if names and not files:
             raise ConfigError(f"dataset: data_files={', '.join(names)}: there is no such file (looked from {Path.cwd()})")
         self._rows = open_rows(files, source, split, load_dataset)
-        looked_at = [row for row in map(self._row_or_none, range(min(len(self._rows), _LOOKED_AT))) if row is not None]
-        if len(self._rows) and not looked_at:
-            raise ConfigError(f"none of the first {_LOOKED_AT} rows of the data set can be read: {self._fault(0)}")
+        looked_at = _look_at(self._rows)
         self._format = (
             detect(looked_at, format, columns, roles) if looked_at else ChatFormat(name="text", columns={"text": "text"})
         )
@@ -117,8 +119,6 @@ class ChatDataset:
             DataError: it is no training sample, with the reason.
         """
         row = self._rows[index]
-        if not isinstance(row, Mapping):
-            raise DataError(f"no JSON object but {type(row).__name__}")
         if self._format.name in ("text", "tokens"):
             notes = self._format.unused(row)
             return [replace(self._text(row) if self._format.name == "text" else self._ids(row), notes=notes)]
@@ -173,7 +173,8 @@ class ChatDataset:
         if min(ids) < 0 or (most is not None and max(ids) >= most):
             known = "from 0 on" if most is None else f"of 0 to {most - 1}"
             raise DataError(f"{column} holds {min(ids) if min(ids) < 0 else max(ids)}, the tokenizer has ids {known}")
-        if not all(row.get("attention_mask") or [1]):
+        attended = row.get("attention_mask")
+        if attended is not None and (not isinstance(attended, list) or not all(attended)):
             raise DataError("attention_mask is 0 somewhere: padding has no place here, cut it off")
         labels = row.get(self._format.columns.get("labels", "labels"), ids)
         if not isinstance(labels, list) or len(labels) != len(ids):
@@ -186,15 +187,26 @@ class ChatDataset:
             raise DataError(f"{masked} is no list of as many as {column}, each 0 or 1")
         return _one_piece(ids, [label != IGNORE_INDEX and bool(kept) for label, kept in zip(labels, mask, strict=True)])
 
-    def _row_or_none(self, index: int) -> Mapping[str, Any] | None:
-        return None if self._fault(index) else self._rows[index]
 
-    def _fault(self, index: int) -> str | None:
+def _look_at(rows: Rows) -> list[Mapping[str, Any]]:
+    """Read the first rows that can be read.
+
+    Raises:
+        ConfigError: none can.
+    """
+    good: list[Mapping[str, Any]] = []
+    first_fault = None
+    num_read = min(len(rows), _MOST_READ)
+    for index in range(num_read):
         try:
-            row = self._rows[index]
+            good.append(rows[index])
         except DataError as error:
-            return str(error)
-        return None if isinstance(row, Mapping) else "no JSON object"
+            first_fault = first_fault or error
+        if len(good) == _LOOKED_AT:
+            break
+    if first_fault and not good:
+        raise ConfigError(f"none of the first {num_read} rows of dataset can be read: {first_fault}")
+    return good
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

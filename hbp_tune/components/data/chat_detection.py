@@ -35,7 +35,7 @@ _CONVERSATIONS = ("openai", "sharegpt")
 _OPTIONAL: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "openai": _BESIDE_TURNS,
     "sharegpt": _BESIDE_TURNS,
-    "alpaca": {**_BESIDE_TURNS, "input": ("input",), "history": ("history",)},
+    "alpaca": {**_BESIDE_TURNS, "input": ("input", "context"), "history": ("history",)},
     "prompt_completion": _BESIDE_TURNS,
     "text": {},
     "tokens": {"labels": ("labels",), "loss_mask": ("loss_mask", "assistant_masks", "assistant_mask")},

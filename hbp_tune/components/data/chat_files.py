@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_tune.components.config.sources import DATA_SUFFIXES
-from hbp_tune.components.data.line_files import LineFiles, read_array
+from hbp_tune.components.data.json_lines import is_json_lines, numbered_lines
+from hbp_tune.components.data.line_files import ArrayRows, LineFiles
 from hbp_tune.components.planning.errors import ConfigError
 
 
@@ -84,14 +85,14 @@ def open_rows(files: Sequence[Path], source: str | None, split: str, arguments: 
     if kind != "json":
         names = [str(file) for file in files]
         return _WithoutNulls(_load(kind, split, {**arguments, "data_files": {_name(split): names}}))
-    arrays = [read_array(file) for file in files]
-    rows: Rows
-    if all(array is None for array in arrays):
-        rows = LineFiles(files, Path(datasets.config.HF_DATASETS_CACHE) / "hbp_tune")
-    elif any(array is None for array in arrays):
+    kinds_of_json = {is_json_lines(file) for file in files if next(numbered_lines(file), None)}
+    if len(kinds_of_json) > 1:
         raise ConfigError("dataset: some data_files are JSON lines and others arrays; make a list of data sets of them")
+    rows: Rows
+    if False in kinds_of_json:
+        rows = ArrayRows([file for file in files if not is_json_lines(file)])
     else:
-        rows = [row for array in arrays for row in array or ()]
+        rows = LineFiles(files, Path(datasets.config.HF_DATASETS_CACHE) / "hbp_tune")
     return _split(rows, split)
 
 

@@ -37,9 +37,32 @@ _HARMLESS = {
 }
 _HARMLESS |= {"source", "tokens", "num_tokens", "token_count", "length", "parent", "parent_id", "message_id", "annotations"}
 # Columns beside a conversation that say something about its training, which nothing here takes up.
-_UNUSED_COLUMNS = {"chosen", "rejected", "label", "documents", "chat_template_kwargs", "weight", "reward", *_REASONING}
+_UNUSED_COLUMNS = {
+    "chosen",
+    "rejected",
+    "label",
+    "documents",
+    "context",
+    "system_prompt",
+    "chat_template_kwargs",
+    "weight",
+    "reward",
+    *_REASONING,
+}
 # Columns that a conversation's formats use, and the others do not.
-_OF_TURNS = {"tools", "functions", "system", "messages"}
+_OF_TURNS = {
+    "tools",
+    "functions",
+    "system",
+    "messages",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "response",
+    "answer",
+}
 
 
 @dataclass(slots=True)
@@ -151,6 +174,8 @@ class ChatFormat:
         reasoning = _reasoning(index, message, reasoning)
         calls = _calls(index, message)
         if role == "function_call":
+            if calls:
+                raise DataError(f"message {index} is a call and has tool_calls besides")
             role, content, calls = "assistant", "", _flat_calls(index, content)
         if content is None:
             if not calls:
@@ -185,7 +210,7 @@ class ChatFormat:
         Raises:
             DataError: nobody knows.
         """
-        if role in self.roles:
+        if isinstance(role, str) and role in self.roles:
             return self.roles[role]
         if not isinstance(role, str) or role not in ROLES:
             known = ", ".join(dict.fromkeys(ROLES.values()))
@@ -198,7 +223,8 @@ class ChatFormat:
         Raises:
             DataError: one is no text.
         """
-        for pair in row.get(self._at("history")) or ():
+        history = row.get(self._at("history")) or []
+        for pair in history if isinstance(history, list) else [history]:
             if not isinstance(pair, list) or len(pair) != 2:
                 raise DataError("history is no list of pairs of question and answer")
             turns.add("user", _text(pair[0], "history"))
@@ -258,7 +284,7 @@ def _content(index: int, content: Any) -> tuple[str | None, str | None]:
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         kind = "thinking" if kind == "reasoning" else kind
-        if kind not in texts:
+        if not isinstance(kind, str) or kind not in texts:
             raise DataError(f"message {index} holds a part of type {kind!r}, which text models do not take")
         text = part if isinstance(part, str) else part.get("text", part.get(kind)) if isinstance(part, Mapping) else None
         texts[kind].append(_text(text, f"message {index}: a part's text"))
@@ -312,15 +338,20 @@ def _tools(row: Row, column: str) -> list[Row] | None:
         DataError: they are no schemas.
     """
     tools = row.get(column) or row.get("functions")
-    tools = _parsed(tools, column) if isinstance(tools, str) and tools.strip() else tools
+    tools = (_parsed(tools, column) if tools.strip() else None) if isinstance(tools, str) else tools
     if not tools:
         return None
     if not isinstance(tools, list):
         raise DataError(f"{column} is no list but {type(tools).__name__}")
     schemas = [_parsed(tool, column) if isinstance(tool, str) else tool for tool in tools]
-    if not all(isinstance(tool, Mapping) and (tool.get("name") or tool.get("function")) for tool in schemas):
+    wrapped = [
+        tool if not isinstance(tool, Mapping) or "function" in tool else {"type": "function", "function": tool}
+        for tool in schemas
+    ]
+    functions = [tool.get("function") if isinstance(tool, Mapping) else None for tool in wrapped]
+    if not all(isinstance(function, Mapping) and isinstance(function.get("name"), str) for function in functions):
         raise DataError(f"{column} holds something else than functions with a name")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in schemas]
+    return wrapped
 
 
 def fault_of(messages: Sequence[Row], is_trained: Sequence[bool]) -> str | None:

@@ -5,6 +5,7 @@ changes, and does not say where. Here the lines are read one by one, and a copy 
 """
 
 import gzip
+import itertools
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ from hbp_tune.components.planning.errors import DataError
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _LOOK_EVERY = 10_000
+# What an object is called that holds all rows in one array.
+_WRAPPERS = {"data", "rows", "train", "examples", "instances", "samples"}
 _ROWS, _BAD = "rows.npy", "bad.json"
 
 
@@ -41,11 +44,22 @@ class CleanFile:
 
 
 def is_json_lines(file: Path) -> bool:
-    """Tell whether a file holds one JSON object a line: by its name, and not one array of all rows."""
+    """Tell whether a file holds one JSON value a line: by its name, and by its first line, which may be a bad row."""
     if not file.name.lower().endswith(_SUFFIXES):
         return False
-    first = next(numbered_lines(file), None)
-    return first is not None and not first[1].lstrip().startswith(b"[")
+    lines = [line for _, line in itertools.islice(numbered_lines(file), 2)]
+    if not lines:
+        return True
+    text = lines[0].decode("utf-8-sig", errors="replace").strip()
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        # One broken line among others, or the beginning of a value that goes on over several.
+        return not (text.startswith("[") or text == "{" or (text.startswith("{") and text.endswith(("[", "{"))))
+    if len(lines) > 1:
+        return True
+    is_wrapper = isinstance(value, dict) and len(value) == 1 and value.keys() <= _WRAPPERS
+    return not isinstance(value, list) and not is_wrapper
 
 
 def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
@@ -153,15 +167,30 @@ def parse_line(line: bytes) -> tuple[Any, str | None]:
     """Give the JSON object of a line, or what is wrong with it."""
     try:
         value = json.loads(line.decode("utf-8-sig"))
-        if b"\\u" in line:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair passes json.loads
-    except UnicodeError as error:
-        return None, f"broken UTF-8: {error.reason}" if isinstance(error, UnicodeDecodeError) else "broken Unicode escape"
+    except UnicodeDecodeError as error:
+        return None, f"broken UTF-8: {error.reason}"
     except ValueError as error:
         return None, f"broken JSON: {error}"
     except RecursionError:
         return None, "broken JSON: nested too deep"
-    return value, None if isinstance(value, dict) else f"no JSON object but {_kind(value)}"
+    return value, fault_of_row(value, may_hold_halves=b"\\u" in line)
+
+
+def fault_of_row(value: Any, *, may_hold_halves: bool = True) -> str | None:
+    """Say what is wrong with a row of JSON.
+
+    Args:
+        value: the row.
+        may_hold_halves: look for half of a surrogate pair, which an escape can write and no tokenizer takes.
+    """
+    if not isinstance(value, dict):
+        return f"no JSON object but {_kind(value)}"
+    try:
+        if may_hold_halves:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "broken Unicode escape"
+    return None
 
 
 def _kind(value: Any) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from hbp_tune.components.data.json_lines import is_json_lines, numbered_lines, parse_line
+from hbp_tune.components.data.json_lines import fault_of_row, parse_line
 from hbp_tune.components.planning.errors import ConfigError, DataError
 
 
@@ -54,28 +55,46 @@ class LineFiles:
         return row
 
 
-def read_array(file: Path) -> list[Any] | None:
-    """Read a file of JSON that holds all rows in one array, alone or as the only list of an object.
+class ArrayRows:
+    """Rows of JSON files that hold all of them in one array, alone or in an object such as ``{"data": [...]}``.
 
-    None for JSON lines, and where there is nothing, as some of a data set's many files may have.
+    Args:
+        files: that are no JSON lines.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._rows = [row for file in files for row in _read_array(file)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Give a row.
+
+        Raises:
+            DataError: it is no object, or holds half a character.
+        """
+        value = self._rows[index]
+        if fault := fault_of_row(value):
+            raise DataError(fault)
+        row: dict[str, Any] = value
+        return row
+
+
+def _read_array(file: Path) -> list[Any]:
+    """Read a file of one array.
 
     Raises:
-        ConfigError: it is no JSON.
+        ConfigError: it is none.
     """
-    if next(numbered_lines(file), None) is None:
-        return None
-    if is_json_lines(file):
-        first = next(numbered_lines(file))[1]
-        if parse_line(first)[1] is None or first.strip() != b"{":
-            return None
     opened: Any = gzip.open if file.name.lower().endswith(".gz") else open
     try:
-        with opened(file, "rt", encoding="utf-8") as stream:
+        with opened(file, "rt", encoding="utf-8-sig") as stream:
             value = json.load(stream)
-    except (ValueError, EOFError, OSError) as error:
-        raise ConfigError(f"data file {file} is no JSON: {error}") from error
+    except (ValueError, EOFError, OSError, RecursionError) as error:
+        raise ConfigError(f"data file {file} is no JSON: {error or type(error).__name__}") from error
     lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else [value]
-    if len(lists) != 1:
+    if len(lists) != 1 or not isinstance(lists[0], list):
         raise ConfigError(f"data file {file} holds no array of rows; write one row a line, or one array")
     rows: list[Any] = lists[0]
     return rows
@@ -83,14 +102,14 @@ def read_array(file: Path) -> list[Any] | None:
 
 def _line_offsets(file: Path) -> NDArray[np.int64]:
     """Find where the lines that are not blank begin, ``int64[num_rows]``."""
-    offsets = []
+    offsets = array("q")
     offset = 0
     with file.open("rb") as stream:
         for line in stream:
             if line.strip():
                 offsets.append(offset)
             offset += len(line)
-    return np.array(offsets, dtype=np.int64)
+    return np.frombuffer(offsets, dtype=np.int64) if offsets else np.empty(0, dtype=np.int64)
 
 
 def _unpacked(file: Path, cache: Path) -> Path:
