@@ -24,9 +24,9 @@ from typing import Any
 import markdown
 import torch
 
-from hbp_tune.components.reporting.charts import Axis, Chart, group_colour, legend, linear_axis
-from hbp_tune.components.reporting.figures import Picture
-from hbp_tune.components.reporting.page_parts import document, duration, figure, table
+from hbp_tune.reporting.pages.charts import Axis, Chart, group_colour, legend, linear_axis
+from hbp_tune.reporting.pages.figures import Picture
+from hbp_tune.reporting.pages.page_parts import document, duration, figure, table
 
 ROOT = Path(__file__).parents[1]
 

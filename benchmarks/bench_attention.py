@@ -18,8 +18,8 @@ from measuring import attention_flops, device, interleaved, machine, mixed_doc_l
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from hbp_tune.components.data.batch import Spans
-from hbp_tune.components.parallel.attention import (
+from hbp_tune.data.batches.batch import Spans
+from hbp_tune.parallel.attention import (
     Attention,
     cudnn_attention,
     flash_attention,
@@ -28,7 +28,7 @@ from hbp_tune.components.parallel.attention import (
     sdpa_per_document,
     varlen_attention,
 )
-from hbp_tune.components.planning.sharding import share_out
+from hbp_tune.planning.plans.sharding import share_out
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 SHORT_LEN = 512

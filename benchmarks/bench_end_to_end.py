@@ -36,13 +36,13 @@ from omegaconf import DictConfig, OmegaConf
 from pinned import ISF, Recorder, demo_config, is_rank, profile_of, recorded_recipe, start_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hbp_tune.components import CostModel, CpDegrees, EpochPlan, PackingGroup
-from hbp_tune.components.data.made import random_batch
-from hbp_tune.components.models.torchtune_decoder import decoder_shape
-from hbp_tune.components.planning.exchange import moved_heads
-from hbp_tune.components.planning.sharding import padded_len
-from hbp_tune.components.planning.simulation import PackWork, simulate
+from hbp_tune.data.batches.made import random_batch
 from hbp_tune.demo.model import TinyLlama, write_checkpoint
+from hbp_tune.models.torchtune_decoder import decoder_shape
+from hbp_tune.planning import CostModel, CpDegrees, EpochPlan, PackingGroup
+from hbp_tune.planning.comparison.simulation import PackWork, simulate
+from hbp_tune.planning.costs.exchange import moved_heads
+from hbp_tune.planning.plans.sharding import padded_len
 
 COMMON = [
     "save_every_n_steps=null",

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
-from hbp_tune.components import ForwardGradientHead, LigerHead, RecomputedHead
-from hbp_tune.components.parallel.loss_head import LossHead, _chunk_sizes, _fitting_chunk_tokens
+from hbp_tune.parallel import ForwardGradientHead, LigerHead, RecomputedHead
+from hbp_tune.parallel.loss_head import LossHead, _chunk_sizes, _fitting_chunk_tokens
 
 MIB = 2**20
 NUM_OUTPUT_CHUNKS = 8  # the stock loss's default

@@ -17,17 +17,11 @@ import torch
 import torch.distributed as dist
 from measuring import device, join_world, machine, random_decoder
 
-from hbp_tune.components import (
-    ForwardGradientHead,
-    GroupSwitch,
-    PackingGroup,
-    Ulysses,
-    build_cp_meshes,
-    parallelize_decoder,
-    select_attention,
-)
-from hbp_tune.components.data.made import random_batch
-from hbp_tune.components.planning.memory import (
+from hbp_tune.data.batches.made import random_batch
+from hbp_tune.models import parallelize_decoder
+from hbp_tune.parallel import ForwardGradientHead, GroupSwitch, Ulysses, build_cp_meshes, select_attention
+from hbp_tune.planning import PackingGroup
+from hbp_tune.planning.costs.memory import (
     BF16_ADAMW,
     BF16_ADAMW_8BIT,
     FP32_ADAMW,
@@ -76,7 +70,7 @@ def table(header: str, rows: Iterator[str]) -> None:
 
 
 HOW_EXACT = """\
-`python benchmarks/bench_memory.py`. Every figure follows from shapes by `components/planning/memory.py`; none is fitted. Thirteen
+`python benchmarks/bench_memory.py`. Every figure follows from shapes by `planning/costs/memory.py`; none is fitted. Thirteen
 peaks measured on an H200 are within 3.7% of it (one_h200_202611.md), and CPU tests hold it (bytes that autograd saves: exact; the
 peak that torch's MemTracker sees under FSDP2: within 0.5%). Layers are not compiled; compiled ones save less. What no tensor
 accounts for is an allowance of {reserve:.0f} GiB. Every pack is one document. GiB are 2^30 bytes: an 80 GB H100 has 79.6, an

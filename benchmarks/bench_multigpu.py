@@ -19,28 +19,25 @@ import torch.distributed as dist
 from measuring import default_shape, device, join_world, machine, random_decoder, step_flops, timed, with_layers
 from torch import Tensor
 
-from hbp_tune.components import (
+from hbp_tune.data.batches.batch import Spans
+from hbp_tune.data.batches.made import random_batch
+from hbp_tune.models import adapt_decoder, separate_units
+from hbp_tune.parallel import (
     AllGatherKV,
-    AttentionHeads,
     AutoContextParallel,
-    CpDegrees,
     GroupSwitch,
-    PackingGroup,
     Ulysses,
-    adapt_decoder,
     apply_fsdp,
     build_cp_meshes,
     build_fsdp_mesh,
     make_checkpointable,
     select_attention,
-    separate_units,
 )
-from hbp_tune.components.data.batch import Spans
-from hbp_tune.components.data.made import random_batch
-from hbp_tune.components.parallel.context_parallel import ContextParallel
-from hbp_tune.components.planning.exchange import moved_heads
-from hbp_tune.components.planning.memory import DecoderShape
-from hbp_tune.components.planning.sharding import share_of_rank
+from hbp_tune.parallel.context_parallel import ContextParallel
+from hbp_tune.planning import AttentionHeads, CpDegrees, PackingGroup
+from hbp_tune.planning.costs.exchange import moved_heads
+from hbp_tune.planning.costs.memory import DecoderShape
+from hbp_tune.planning.plans.sharding import share_of_rank
 
 SCHEMES: dict[str, ContextParallel] = {"ulysses": Ulysses(), "all_gather": AllGatherKV(), "auto": AutoContextParallel()}
 

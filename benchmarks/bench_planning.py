@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hbp_tune.components.data.lengths import read_lengths
-from hbp_tune.components.planning.baselines import BASELINES
-from hbp_tune.components.planning.cost import CostModel
-from hbp_tune.components.planning.distributions import synthetic_lengths
-from hbp_tune.components.planning.metrics import measure
-from hbp_tune.components.planning.planner import BalancePlanner
-from hbp_tune.components.planning.records import PackingGroup
+from hbp_tune.data.store.lengths import read_lengths
+from hbp_tune.planning.comparison.baselines import BASELINES
+from hbp_tune.planning.comparison.distributions import synthetic_lengths
+from hbp_tune.planning.comparison.metrics import measure
+from hbp_tune.planning.costs.cost import CostModel
+from hbp_tune.planning.packing.planner import BalancePlanner
+from hbp_tune.planning.plans.records import PackingGroup
 
 LONG = PackingGroup(name="long", pack_len=131072, cp_degree=8, ac_layers=29)
 GROUPS = (PackingGroup(name="short", pack_len=16384, ac_layers=28), LONG)

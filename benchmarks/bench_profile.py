@@ -19,8 +19,9 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from pinned import ISF, demo_config, is_rank, profile, recorded_recipe, start_ranks
 
-from hbp_tune.components import PackingGroup, groups_of, length_name
-from hbp_tune.components.planning.simulation import PackWork, simulate
+from hbp_tune.config import groups_of
+from hbp_tune.planning import PackingGroup, length_name
+from hbp_tune.planning.comparison.simulation import PackWork, simulate
 
 COMMON = [
     "dataset_val=null",

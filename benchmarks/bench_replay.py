@@ -14,15 +14,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hbp_tune.components import CostModel, CpDegrees, GroupSwitch, HierarchicalPackedDataset, Ulysses, adapt_decoder, model_shape
-from hbp_tune.components.parallel.activation_checkpoint import make_checkpointable
-from hbp_tune.components.parallel.attention import sdpa_per_document
-from hbp_tune.components.parallel.mesh import CpMesh
-from hbp_tune.components.planning.comparison import plan_baseline
-from hbp_tune.components.planning.hashing import hashed_order
-from hbp_tune.components.planning.planner import BalancePlanner
-from hbp_tune.components.planning.records import EpochPlan, PackingGroup
+from hbp_tune.data import HierarchicalPackedDataset
 from hbp_tune.demo.model import TinyLlama, build
+from hbp_tune.models import adapt_decoder, model_shape
+from hbp_tune.parallel import GroupSwitch, Ulysses
+from hbp_tune.parallel.activation_checkpoint import make_checkpointable
+from hbp_tune.parallel.attention import sdpa_per_document
+from hbp_tune.parallel.mesh import CpMesh
+from hbp_tune.planning import CostModel, CpDegrees
+from hbp_tune.planning.comparison.methods import plan_baseline
+from hbp_tune.planning.packing.planner import BalancePlanner
+from hbp_tune.planning.plans.hashing import hashed_order
+from hbp_tune.planning.plans.records import EpochPlan, PackingGroup
 
 RANKS = 8
 GROUPS = (PackingGroup(name="short", pack_len=1024), PackingGroup(name="long", pack_len=8192))

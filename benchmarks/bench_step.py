@@ -40,21 +40,21 @@ from torchtune import training
 from torchtune.modules.attention_utils import packed_block_causal_mask
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
-from hbp_tune.components import (
+from hbp_tune.data import PackBatch
+from hbp_tune.data.batches.made import random_batch
+from hbp_tune.models import parallelize_decoder
+from hbp_tune.parallel import (
     ForwardGradientHead,
     GroupSwitch,
-    PackBatch,
-    PackingGroup,
     Ulysses,
     apply_fsdp,
     build_cp_meshes,
     build_fsdp_mesh,
-    parallelize_decoder,
     select_attention,
 )
-from hbp_tune.components.data.made import random_batch
-from hbp_tune.components.planning.hardware import gpu_of
-from hbp_tune.components.planning.memory import BF16_ADAMW, DecoderShape
+from hbp_tune.planning import PackingGroup
+from hbp_tune.planning.costs.hardware import gpu_of
+from hbp_tune.planning.costs.memory import BF16_ADAMW, DecoderShape
 
 # Of the GPU's memory: weights, gradients and optimizer states of the layers that are taken.
 STATES_SHARE = 0.6

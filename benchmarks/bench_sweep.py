@@ -23,19 +23,19 @@ from numpy.typing import NDArray
 from paper_tables import head, row
 from quality.plots import Panel, draw
 
-from hbp_tune.components.planning.assignments import assign_epoch, dynamic_cp, flexsp, least_mixed_s
-from hbp_tune.components.planning.comparison import plan_baseline
-from hbp_tune.components.planning.cost import CostModel, ModelShape
-from hbp_tune.components.planning.distributions import synthetic_lengths
-from hbp_tune.components.planning.errors import ConfigError
-from hbp_tune.components.planning.exchange import AttentionHeads
-from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER, DecoderShape, MemoryModel
-from hbp_tune.components.planning.mixing import assign_mixed
-from hbp_tune.components.planning.planner import BalancePlanner
-from hbp_tune.components.planning.records import PackingGroup
-from hbp_tune.components.planning.selection import GroupSelector, candidate_groups
-from hbp_tune.components.planning.simulation import PackWork, Simulation, ideal_s, simulate
-from hbp_tune.components.reporting.choice import describe_set
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning.comparison.assignments import assign_epoch, dynamic_cp, flexsp, least_mixed_s
+from hbp_tune.planning.comparison.distributions import synthetic_lengths
+from hbp_tune.planning.comparison.methods import plan_baseline
+from hbp_tune.planning.comparison.mixing import assign_mixed
+from hbp_tune.planning.comparison.selection import GroupSelector, candidate_groups
+from hbp_tune.planning.comparison.simulation import PackWork, Simulation, ideal_s, simulate
+from hbp_tune.planning.costs.cost import CostModel, ModelShape
+from hbp_tune.planning.costs.exchange import AttentionHeads
+from hbp_tune.planning.costs.memory import LLAMA3_1_8B_DECODER, DecoderShape, MemoryModel
+from hbp_tune.planning.packing.planner import BalancePlanner
+from hbp_tune.planning.plans.records import PackingGroup
+from hbp_tune.reporting.terminal.choice import describe_set
 
 Lengths = NDArray[np.int32]
 BUDGET_GIB = 79.0

@@ -39,7 +39,7 @@ def build(way: str, rows: Path, model: Path, ranks: Path, special: str, director
     from torchtune.datasets import chat_dataset
     from torchtune.models.llama3 import llama3_tokenizer
 
-    from hbp_tune.components import Builder, ChatDataset, HFTokenizer, open_token_store
+    from hbp_tune.data import Builder, ChatDataset, HFTokenizer, open_token_store
 
     start = time.perf_counter()
     if way == "torchtune":

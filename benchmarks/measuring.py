@@ -17,8 +17,9 @@ from torch import nn
 from torchtune import training
 from torchtune.models.llama3 import llama3
 
-from hbp_tune.components import ModelShape, read_lengths, synthetic_lengths
-from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER, DecoderShape
+from hbp_tune.data import read_lengths
+from hbp_tune.planning import ModelShape, synthetic_lengths
+from hbp_tune.planning.costs.memory import LLAMA3_1_8B_DECODER, DecoderShape
 
 TINY_DECODER = DecoderShape(
     num_layers=2, embed_dim=256, num_heads=8, num_kv_heads=2, head_dim=32, intermediate_dim=896, vocab_size=4096

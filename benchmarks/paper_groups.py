@@ -13,20 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 from paper_tables import COST, GROUPS, LONG, Lengths, head, plan, row
 
-from hbp_tune.components.planning.assignments import assign_epoch, flexsp
-from hbp_tune.components.planning.comparison import plan_baseline
-from hbp_tune.components.planning.cost import LLAMA3_1_8B, CostModel, ModelShape
-from hbp_tune.components.planning.distributions import synthetic_lengths
-from hbp_tune.components.planning.exchange import AttentionHeads
-from hbp_tune.components.planning.fitting import FittedRates, MemoryLine, fit_rates, predict_s
-from hbp_tune.components.planning.hardware import H100, Rates
-from hbp_tune.components.planning.measurements import Measurement
-from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER, MemoryModel, layer_activations
-from hbp_tune.components.planning.planner import BalancePlanner
-from hbp_tune.components.planning.records import EpochPlan, PackingGroup
-from hbp_tune.components.planning.selection import GroupSelector, candidate_groups, paper_rule
-from hbp_tune.components.planning.simulation import SHARES, PackWork, Simulation, simulate
-from hbp_tune.components.reporting.choice import describe_set
+from hbp_tune.planning.comparison.assignments import assign_epoch, flexsp
+from hbp_tune.planning.comparison.distributions import synthetic_lengths
+from hbp_tune.planning.comparison.methods import plan_baseline
+from hbp_tune.planning.comparison.selection import GroupSelector, candidate_groups, paper_rule
+from hbp_tune.planning.comparison.simulation import SHARES, PackWork, Simulation, simulate
+from hbp_tune.planning.costs.cost import LLAMA3_1_8B, CostModel, ModelShape
+from hbp_tune.planning.costs.exchange import AttentionHeads
+from hbp_tune.planning.costs.fitting import FittedRates, MemoryLine, fit_rates, predict_s
+from hbp_tune.planning.costs.hardware import H100, Rates
+from hbp_tune.planning.costs.measurements import Measurement
+from hbp_tune.planning.costs.memory import LLAMA3_1_8B_DECODER, MemoryModel, layer_activations
+from hbp_tune.planning.packing.planner import BalancePlanner
+from hbp_tune.planning.plans.records import EpochPlan, PackingGroup
+from hbp_tune.reporting.terminal.choice import describe_set
 
 Errors = NDArray[np.float64]
 TOKENS_PER_RANK = 16_384

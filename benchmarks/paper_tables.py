@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hbp_tune.components.data.lengths import read_lengths
-from hbp_tune.components.planning.comparison import BASELINE_NAMES, plan_baseline
-from hbp_tune.components.planning.cost import CostModel
-from hbp_tune.components.planning.distributions import synthetic_lengths
-from hbp_tune.components.planning.metrics import PlanMetrics, diversity_by_group, measure
-from hbp_tune.components.planning.planner import BalancePlanner
-from hbp_tune.components.planning.records import EpochPlan, PackingGroup
+from hbp_tune.data.store.lengths import read_lengths
+from hbp_tune.planning.comparison.distributions import synthetic_lengths
+from hbp_tune.planning.comparison.methods import BASELINE_NAMES, plan_baseline
+from hbp_tune.planning.comparison.metrics import PlanMetrics, diversity_by_group, measure
+from hbp_tune.planning.costs.cost import CostModel
+from hbp_tune.planning.packing.planner import BalancePlanner
+from hbp_tune.planning.plans.records import EpochPlan, PackingGroup
 
 LONG = PackingGroup(name="long", pack_len=131072, cp_degree=8, ac_layers=29)
 GROUPS = (PackingGroup(name="short", pack_len=16384, ac_layers=28), LONG)

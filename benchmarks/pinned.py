@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from hbp_tune.components import CostModel, PackingGroup, fit_rates, starting_rates
+from hbp_tune.planning import CostModel, PackingGroup, fit_rates
 from hbp_tune.recipes import hbp_full_finetune_distributed as training_recipe
 from hbp_tune.recipes.hbp_profile_groups import TYPICAL_LENS, HBPProfileGroupsRecipe, typical_docs
+from hbp_tune.training import starting_rates
 
 ROOT = Path(__file__).parents[1]
 # Planner settings of one-length packing.

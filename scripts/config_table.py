@@ -15,8 +15,9 @@ logging.getLogger("torchao").setLevel(logging.ERROR)
 from omegaconf import OmegaConf  # noqa: E402
 
 from hbp_tune.cli.counting import count_memory  # noqa: E402
-from hbp_tune.components import describe_set, groups_of  # noqa: E402
-from hbp_tune.components.config.packaged import packaged_configs  # noqa: E402
+from hbp_tune.config import groups_of  # noqa: E402
+from hbp_tune.config.packaged import packaged_configs  # noqa: E402
+from hbp_tune.reporting import describe_set  # noqa: E402
 
 PAGE = Path(__file__).parents[1] / "docs/configs.md"
 HEAD = """\

@@ -8,9 +8,9 @@ from html import escape
 
 import numpy as np
 
-from hbp_tune.components import ISF, BalancePlanner, CostModel, PackingGroup, synthetic_lengths
-from hbp_tune.components.planning.records import EpochPlan
-from hbp_tune.components.planning.simulation import PackWork, simulate
+from hbp_tune.planning import ISF, BalancePlanner, CostModel, PackingGroup, synthetic_lengths
+from hbp_tune.planning.comparison.simulation import PackWork, simulate
+from hbp_tune.planning.plans.records import EpochPlan
 
 WORLD_SIZE, WINDOW_S, NUM_SAMPLES = 32, 60.0, 60_000
 LEFT, WIDTH, ROW = 24, 712, 5.0

@@ -13,10 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchtune import config, training
 
-from hbp_tune.components import BalancePlanner, CostModel, EpochPlan, PackingGroup, cut_of, model_shape
-from hbp_tune.components.config.packaged import packaged_configs
-from hbp_tune.components.planning.truncation import kept_tokens
+from hbp_tune.config.packaged import packaged_configs
 from hbp_tune.demo.model import TinyLlama, build, write_checkpoint
+from hbp_tune.models import model_shape
+from hbp_tune.planning import BalancePlanner, CostModel, EpochPlan, PackingGroup, cut_of
+from hbp_tune.planning.plans.truncation import kept_tokens
 from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed
 from tests.parallel.packs import block_causal
 

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import bench_all
 from benchmarks.measuring import attention_flops, mixed_doc_lens, step_flops
-from hbp_tune.components import CostModel
-from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER
+from hbp_tune.planning import CostModel
+from hbp_tune.planning.costs.memory import LLAMA3_1_8B_DECODER
 
 ROOT = Path(__file__).parents[1]
 

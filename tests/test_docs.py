@@ -16,8 +16,9 @@ from torchtune import _recipe_registry
 
 from hbp_tune.cli.__main__ import build_parser, expand
 from hbp_tune.cli.registry import register
-from hbp_tune.components import BalancePlanner, PackingGroup, check_config
-from hbp_tune.components.config.packaged import packaged_configs
+from hbp_tune.config import check_config
+from hbp_tune.config.packaged import packaged_configs
+from hbp_tune.planning import BalancePlanner, PackingGroup
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

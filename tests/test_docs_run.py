@@ -17,7 +17,7 @@ import datasets
 import pytest
 from omegaconf import OmegaConf
 
-from hbp_tune.components.config.packaged import packaged_configs
+from hbp_tune.config.packaged import packaged_configs
 from hbp_tune.demo import prepare_demo
 from tests.launching import run
 from tests.test_docs import commands

@@ -13,7 +13,7 @@ PROBE = """
 import hbp_full_finetune_distributed as launcher
 import hbp_tune
 from hbp_tune.components import BalancePlanner
-from hbp_tune.components.config.packaged import packaged_configs
+from hbp_tune.config.packaged import packaged_configs
 
 print(launcher.__file__, hbp_tune.__file__, *(f"{name}={path}" for name, path in packaged_configs().items()), sep="\\n")
 """

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from paper_groups import BUDGET_GIB, FULL, OUT_OF_MEMORY, errors, fit_line, fit_rows, measurements, without_gathering
 
-from hbp_tune.components.planning.cost import LLAMA3_1_8B
-from hbp_tune.components.planning.fitting import fit_rates
-from hbp_tune.components.planning.hardware import H100
-from hbp_tune.components.planning.records import PackingGroup
+from hbp_tune.planning.costs.cost import LLAMA3_1_8B
+from hbp_tune.planning.costs.fitting import fit_rates
+from hbp_tune.planning.costs.hardware import H100
+from hbp_tune.planning.plans.records import PackingGroup
 
 
 def test_default_rates_explain_all_timings() -> None:

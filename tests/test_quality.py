@@ -17,7 +17,8 @@ from quality.report import by_setting, methods_table, normalizer_curves, verdict
 from quality.runs import METHODS, NORMALIZERS, Run, default_run, plan_run
 from quality.training import lr_share, on_one_rank
 
-from hbp_tune.components import AveTokenLoss, BalancePlanner, EpochPlan, PackingGroup
+from hbp_tune.planning import BalancePlanner, EpochPlan, PackingGroup
+from hbp_tune.training import AveTokenLoss
 
 ROOT = Path(__file__).parents[1]
 KEYS = ("river", "city", "tree")

@@ -9,9 +9,9 @@ from quality.needles import CODES_PER_KEY, NUM_NEEDLES, NeedleChats, make_codes
 from quality.text import Messages, Row, open_tokenizer, read_chats, sentences, tokenize, train_tokenizer
 from torchtune.models.llama3 import Llama3Tokenizer
 
-from hbp_tune.components import Builder, TokenStore, open_token_store
-from hbp_tune.components.data.batch import IGNORE_INDEX
-from hbp_tune.components.data.shards import cut_shards
+from hbp_tune.data import Builder, TokenStore, open_token_store
+from hbp_tune.data.store.shards import cut_shards
+from hbp_tune.data.tokenizing.conversation import IGNORE_INDEX
 from hbp_tune.demo.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
 
 MAX_LEN = 8192

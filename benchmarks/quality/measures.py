@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from quality.corpus import BUCKETS, CODES, MAX_LEN, RETRIEVAL_LENS, Corpus
 from quality.training import Learner, on_one_rank
 
-from hbp_tune.components import HierarchicalPackedDataset, PackingGroup, TokenStore, plan_baseline
+from hbp_tune.data import HierarchicalPackedDataset, TokenStore
+from hbp_tune.planning import PackingGroup, plan_baseline
 
 
 @dataclass(frozen=True, kw_only=True)

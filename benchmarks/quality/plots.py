@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hbp_tune.components.reporting.charts import GRID, INK, MUTED, linear_axis
+from hbp_tune.reporting.pages.charts import GRID, INK, MUTED, linear_axis
 
 COLOURS = ("#2563eb", "#d9540b", "#0d8577", "#8b3fd9", "#c2185b", "#5b7a00")
 WIDTH, HEIGHT, MARGIN, TOP, BOTTOM = 460, 260, 56, 44, 40

@@ -15,22 +15,11 @@ from quality.training import SHAPE, Learner
 from torch import Tensor
 from tqdm import tqdm
 
-from hbp_tune.components import (
-    ISF,
-    AveTokenLoss,
-    BalancePlanner,
-    CostModel,
-    EpochPlan,
-    PackingGroup,
-    SampleMeanLoss,
-    ShortFirst,
-    SumLoss,
-    TokenMeanLoss,
-    TokenStore,
-    model_shape,
-    plan_baseline,
-)
+from hbp_tune.data import TokenStore
 from hbp_tune.demo.model import build
+from hbp_tune.models import model_shape
+from hbp_tune.planning import ISF, BalancePlanner, CostModel, EpochPlan, PackingGroup, ShortFirst, plan_baseline
+from hbp_tune.training import AveTokenLoss, SampleMeanLoss, SumLoss, TokenMeanLoss
 
 WORLD_SIZE = 4
 TOKENS_PER_STEP = 8192

@@ -11,7 +11,7 @@ import numpy as np
 from torchtune.data import Message
 from torchtune.models.llama3 import Llama3Tokenizer, llama3_tokenizer
 
-from hbp_tune.components.data.batch import IGNORE_INDEX
+from hbp_tune.data.tokenizing.conversation import IGNORE_INDEX
 from hbp_tune.demo.tokenizer import train_ranks, write_tokenizer
 
 Messages = list[dict[str, str]]

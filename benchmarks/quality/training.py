@@ -14,24 +14,22 @@ from quality.needles import CODES_PER_KEY, NUM_NEEDLES
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hbp_tune.components import (
-    EpochPlan,
+from hbp_tune.data import HierarchicalPackedDataset, PackBatch, TokenStore
+from hbp_tune.data.tokenizing.conversation import IGNORE_INDEX
+from hbp_tune.demo.model import TinyLlama, build, random_state_dict
+from hbp_tune.demo.tokenizer import VOCAB_SIZE
+from hbp_tune.models import adapt_decoder
+from hbp_tune.parallel import (
     ForwardGradientHead,
     GroupSwitch,
-    HierarchicalPackedDataset,
-    PackBatch,
-    TokenStore,
     Ulysses,
-    adapt_decoder,
     apply_fsdp,
     build_cp_meshes,
     build_fsdp_mesh,
     make_checkpointable,
     select_attention,
 )
-from hbp_tune.components.data.batch import IGNORE_INDEX
-from hbp_tune.demo.model import TinyLlama, build, random_state_dict
-from hbp_tune.demo.tokenizer import VOCAB_SIZE
+from hbp_tune.planning import EpochPlan
 
 CPU = torch.device("cpu")
 # 5.2 million weights. Few, wide layers: attention over 8K tokens takes most of the time, and all layers have it. One matrix for

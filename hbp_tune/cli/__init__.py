@@ -1,1 +1,1 @@
-"""The ``hbp`` command: torchtune's own, extended by our recipes and configurations, and by what comes before a run."""
+"""The `hbp` command: torchtune's own, with our recipes, configurations and more."""

@@ -25,9 +25,9 @@ from hbp_tune.cli.launch import launch  # noqa: E402
 from hbp_tune.cli.registry import PLAN, PROFILE, TRAIN, register  # noqa: E402
 from hbp_tune.cli.report import add_report  # noqa: E402
 from hbp_tune.cli.validate import add_validate  # noqa: E402
-from hbp_tune.components.config.failures import print_anywhere  # noqa: E402
-from hbp_tune.components.planning.errors import HbpError  # noqa: E402
+from hbp_tune.config.failures import print_anywhere  # noqa: E402
 from hbp_tune.demo.__main__ import main as demo_main  # noqa: E402
+from hbp_tune.errors import HbpError  # noqa: E402
 
 _DESCRIPTION = f"""\
 Fine-tune Llama and Qwen models on mixed short and long data, by Hierarchical

@@ -12,10 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from hbp_tune.cli.counting import count_memory
 from hbp_tune.cli.registry import TRAIN, find
-from hbp_tune.components import ConfigError, PackingGroup, check_config, gpu_named, length_name
-from hbp_tune.components.config.packaged import read_yaml
-from hbp_tune.components.config.stock import REPLACED
-from hbp_tune.components.planning.hardware import Gpu
+from hbp_tune.config import check_config
+from hbp_tune.config.packaged import read_yaml
+from hbp_tune.config.stock import REPLACED
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning import PackingGroup, gpu_named, length_name
+from hbp_tune.planning.costs.hardware import Gpu
 
 # Tokens of a rank in packs and in a step: those of the HBP paper's groups.
 _LOCAL_LEN = 16_384

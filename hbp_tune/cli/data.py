@@ -13,28 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from torchtune import config
 
-from hbp_tune.components import (
-    Builder,
-    ConfigError,
-    LoadedData,
-    SampleView,
-    TokenStore,
-    build,
-    check_config,
-    data_settings,
-    default_store_directory,
-    groups_of,
-    open_data,
-    print_sample,
-    run_recipe,
-    setting,
-    view_sample,
-    view_samples,
-)
-from hbp_tune.components.data.views import LONG
-from hbp_tune.components.reporting.charts import write_count
-from hbp_tune.components.reporting.page_parts import document
-from hbp_tune.components.reporting.samples import SAMPLE_STYLE, render_sample
+from hbp_tune.config import build, check_config, data_settings, groups_of, run_recipe, setting
+from hbp_tune.data import Builder, LoadedData, TokenStore, default_store_directory, open_data, view_sample, view_samples
+from hbp_tune.data.store.views import LONG
+from hbp_tune.errors import ConfigError
+from hbp_tune.reporting import SampleView, print_sample
+from hbp_tune.reporting.formats import write_count
+from hbp_tune.reporting.pages.page_parts import document
+from hbp_tune.reporting.samples import SAMPLE_STYLE, render_sample
 
 _REQUIRED = ("output_dir", "tokenizer", "dataset")
 

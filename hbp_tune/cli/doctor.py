@@ -16,9 +16,10 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from hbp_tune.cli.registry import TRAIN
-from hbp_tune.components import ConfigError, select_attention
-from hbp_tune.components.parallel.attention import has_flash_attention
-from hbp_tune.components.planning.hardware import gpu_of
+from hbp_tune.errors import ConfigError
+from hbp_tune.parallel import select_attention
+from hbp_tune.parallel.attention import has_flash_attention
+from hbp_tune.planning.costs.hardware import gpu_of
 
 _GIB = 2**30
 # Ranks on one machine hand tensors to each other and to loader workers through it.

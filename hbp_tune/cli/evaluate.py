@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from hbp_tune.cli.registry import find
-from hbp_tune.components import ConfigError
-from hbp_tune.components.config.packaged import read_mapping
+from hbp_tune.config.packaged import read_mapping
+from hbp_tune.errors import ConfigError
 
 
 def add_eval(commands: Any) -> None:

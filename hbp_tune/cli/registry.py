@@ -7,8 +7,8 @@ from torchtune import _recipe_registry
 from torchtune._recipe_registry import Config, Recipe
 
 from hbp_tune import recipes
-from hbp_tune.components.config.packaged import packaged_configs
-from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.config.packaged import packaged_configs
+from hbp_tune.errors import ConfigError
 
 _RECIPES = Path(recipes.__file__).parent
 _TORCHTUNE_CONFIGS = Path(torchtune.__file__).parents[1] / "recipes" / "configs"

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hbp_tune.components import ConfigError, read_run_log, render_run_page
+from hbp_tune.errors import ConfigError
+from hbp_tune.reporting import read_run_log, render_run_page
 
 
 def add_report(commands: Any) -> None:

@@ -14,24 +14,13 @@ from torchtune.config._errors import InstantiationError
 
 from hbp_tune.cli.counting import count_memory
 from hbp_tune.cli.registry import find
-from hbp_tune.components import (
-    ConfigError,
-    build,
-    check_ac_layers,
-    check_config,
-    check_groups,
-    data_settings,
-    default_store_directory,
-    gpu_named,
-    groups_of,
-    load_sources,
-    missing_tokenizer_files,
-    print_sample,
-    setting,
-    view_first,
-)
-from hbp_tune.components.config.build import find_component
-from hbp_tune.components.config.packaged import read_mapping
+from hbp_tune.config import build, check_config, data_settings, groups_of, missing_tokenizer_files, setting
+from hbp_tune.config.building import find_component
+from hbp_tune.config.packaged import read_mapping
+from hbp_tune.data import default_store_directory, load_sources, view_first
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning import check_ac_layers, check_groups, gpu_named
+from hbp_tune.reporting import print_sample
 
 
 def add_validate(commands: Any) -> None:

@@ -1,4 +1,4 @@
-"""The embedded demo: chat data, tokenizer and tiny model, all made on the user's machine in seconds, with no download.
+"""The embedded demo: chats, a tokenizer and a tiny model, made in seconds without a download.
 
 ``prepare_demo`` writes into one directory::
 

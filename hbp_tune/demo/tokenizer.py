@@ -86,7 +86,7 @@ def train_ranks(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> list[byte
     """
     from tokenizers import Tokenizer, models, trainers
 
-    from hbp_tune.components.data.byte_pairs import byte_letters
+    from hbp_tune.data.tokenizing.byte_pairs import byte_letters
 
     num_ranks = vocab_size - len(SPECIAL_TOKENS)
     if num_ranks < 256:
@@ -113,7 +113,7 @@ def _words() -> "PreTokenizer":
     """The split that torchtune's tokenizer makes before it merges: a token that crosses it would never be used."""
     from tokenizers import Regex, pre_tokenizers
 
-    from hbp_tune.components.models.torchtune_seam import CL100K_PATTERN
+    from hbp_tune.models.torchtune_seam import CL100K_PATTERN
 
     split = pre_tokenizers.Split(Regex(CL100K_PATTERN), behavior="isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -123,7 +123,7 @@ def write_hf_tokenizer(directory: Path, ranks: Sequence[bytes]) -> None:
     """Write the tokenizer and its chat template as Hugging Face checkpoints have them."""
     from tokenizers import Tokenizer, decoders, models
 
-    from hbp_tune.components.data.byte_pairs import byte_letters
+    from hbp_tune.data.tokenizing.byte_pairs import byte_letters
 
     letter_of = {byte: letter for letter, byte in byte_letters().items()}
     vocab = {"".join(letter_of[byte] for byte in token): rank for rank, token in enumerate(ranks)}
@@ -196,7 +196,7 @@ class ChatCounter:
     def __init__(self, ranks: Sequence[bytes]) -> None:
         from tiktoken import Encoding
 
-        from hbp_tune.components.models.torchtune_seam import CL100K_PATTERN
+        from hbp_tune.models.torchtune_seam import CL100K_PATTERN
 
         mergeable_ranks = {token: rank for rank, token in enumerate(ranks)}
         encoding = Encoding("hbp_demo", pat_str=CL100K_PATTERN, mergeable_ranks=mergeable_ranks, special_tokens={})

@@ -27,75 +27,7 @@ from torch.distributed.tensor import DTensor
 from torchtune import config, training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
 
-from hbp_tune.components import (
-    AveTokenLoss,
-    BalancePlanner,
-    Builder,
-    ConfigError,
-    CostModel,
-    EpochPlan,
-    ForwardGradientHead,
-    GroupSwitch,
-    HFConfig,
-    HFTokenizer,
-    HierarchicalPackedDataset,
-    LoadedData,
-    PackBatch,
-    Position,
-    ProgressSaver,
-    RunIdentity,
-    RunTable,
-    StepGuard,
-    StepMetrics,
-    StepTelemetry,
-    StopSignals,
-    TokenStore,
-    Validator,
-    build,
-    build_cp_meshes,
-    busy_clock,
-    check_ac_layers,
-    check_config,
-    check_groups,
-    check_offload,
-    check_plan_hash,
-    check_positions,
-    check_saved_plan,
-    check_targets,
-    cut_of,
-    data_settings,
-    default_store_directory,
-    describe_layouts,
-    describe_validation,
-    explain_out_of_memory,
-    export_weights,
-    from_rank_zero,
-    groups_of,
-    is_stock_loss,
-    join_process_group,
-    measure_steps,
-    model_shape,
-    num_bytes,
-    open_data,
-    output_folder,
-    pack_loader,
-    parallelize_decoder,
-    peak_flops_per_s,
-    plan_comparison,
-    plan_validation,
-    print_plan,
-    print_sample,
-    read_plan,
-    report_bad_rows,
-    report_overlong,
-    run_recipe,
-    select_attention,
-    select_context_parallel,
-    set_aside,
-    setting,
-    together,
-    view_sample,
-)
+import hbp_tune as hbp
 
 log = utils.get_logger("INFO")
 
@@ -119,30 +51,32 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        check_config(cfg)
-        data_keys = [key for key in ("dataset", "dataset_val") if setting(cfg, key)]
-        self._data_settings = {key: data_settings(cfg[key], cfg.tokenizer, key) for key in data_keys}
+        hbp.config.check_config(cfg)
+        data_keys = [key for key in ("dataset", "dataset_val") if hbp.config.setting(cfg, key)]
+        self._data_settings = {key: hbp.config.data_settings(cfg[key], cfg.tokenizer, key) for key in data_keys}
         self._bad_rows = cfg.get("bad_rows") or "error"
         self._device = utils.get_device(device=cfg.device)
         self._dtype = training.get_dtype(cfg.dtype, device=self._device)
         self._compute_dtype = training.get_dtype(cfg.get("compute_dtype") or cfg.dtype, device=self._device)
         if torch.float16 in (self._dtype, self._compute_dtype):
-            raise ConfigError("dtype and compute_dtype must be bf16 or fp32: fp16 needs loss scaling, which is not supported")
+            raise hbp.ConfigError("dtype and compute_dtype must be bf16 or fp32: fp16 needs loss scaling, which is not supported")
         self._cpu_offload = cfg.get("fsdp_cpu_offload", False)
         if self._cpu_offload and self._device.type != "cuda":
-            raise ConfigError(f"fsdp_cpu_offload=True needs device=cuda, device is {self._device.type}; set it to False")
+            raise hbp.ConfigError(f"fsdp_cpu_offload=True needs device=cuda, device is {self._device.type}; set it to False")
         attention = cfg.get("attention") or "auto"
-        self._attention, self._why_attention = select_attention(attention, self._device, self._compute_dtype)
+        self._attention, self._why_attention = hbp.parallel.select_attention(attention, self._device, self._compute_dtype)
         timeout_s = cfg.get("process_group_timeout_s")
         self._timeout = timedelta(seconds=timeout_s) if timeout_s else None
         if not dist.is_initialized():
             if not dist.is_torchelastic_launched():
-                raise ConfigError("start with torchrun: tune run --nproc_per_node N hbp_full_finetune_distributed --config ...")
+                raise hbp.ConfigError(
+                    "start with torchrun: tune run --nproc_per_node N hbp_full_finetune_distributed --config ..."
+                )
             backend = training.get_distributed_backend(self._device.type, offload_ops_to_cpu=self._cpu_offload)
-            join_process_group(backend, os.environ, self._timeout)
+            hbp.parallel.join_process_group(backend, os.environ, self._timeout)
         self.world_size, self.rank = utils.get_world_size_and_rank()
         self._is_rank_zero = self.rank == 0
-        self._output_dir = output_folder(cfg.output_dir)
+        self._output_dir = hbp.config.output_folder(cfg.output_dir)
         # Between micro-steps FSDP2 keeps shards of the gradients, or, for a slow network, whole ones on every rank.
         self._sharded_accumulation = cfg.get("fsdp_sharded_accumulation", True)
         self._log_every_n_steps = cfg.get("log_every_n_steps") or 1
@@ -155,15 +89,15 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         if not self._resume_mode and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             self._resume_mode = "auto"  # torchrun starts this run again: what is saved is its own
 
-        self._groups = groups_of(cfg)
-        check_groups(self._groups, self.world_size)
-        check_offload(self._groups, self._device.type)
-        self._planner = build("planner", planner) if (planner := setting(cfg, "planner")) else BalancePlanner()
-        self._curriculum = build("curriculum", curriculum) if (curriculum := setting(cfg, "curriculum")) else None
-        scheme = setting(cfg, "context_parallel") or "auto"
-        self._context_parallel = select_context_parallel(scheme) if isinstance(scheme, str) else build("context_parallel", scheme)
-        self._loss = AveTokenLoss() if is_stock_loss(cfg) else build("loss", cfg.loss)
-        self._loss_head = build("loss_head", loss_head) if (loss_head := setting(cfg, "loss_head")) else ForwardGradientHead()
+        self._groups = hbp.config.groups_of(cfg)
+        hbp.planning.check_groups(self._groups, self.world_size)
+        hbp.parallel.check_offload(self._groups, self._device.type)
+        self._planner = hbp.config.build_setting(cfg, "planner", default=hbp.planning.BalancePlanner)
+        self._curriculum = hbp.config.build_setting(cfg, "curriculum")
+        scheme = hbp.config.build_setting(cfg, "context_parallel", default="auto")
+        self._context_parallel = hbp.parallel.select_context_parallel(scheme)
+        self._loss = hbp.training.AveTokenLoss() if hbp.config.is_stock_loss(cfg) else hbp.config.build("loss", cfg.loss)
+        self._loss_head = hbp.config.build_setting(cfg, "loss_head", default=hbp.parallel.ForwardGradientHead)
 
         self.seed = training.set_seed(seed=cfg.get("seed"), debug_mode=cfg.get("cudnn_deterministic_mode"))
         self.global_step = 0
@@ -172,72 +106,74 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     def setup(self, cfg: DictConfig) -> None:
         """Set up everything; what can go wrong with the settings or the data goes wrong before weights are loaded."""
-        self._tokenizer = build("tokenizer", cfg.tokenizer)
+        self._tokenizer = hbp.config.build("tokenizer", cfg.tokenizer)
         self._model = self._setup_decoder(cfg)
         progress = self._output_dir / "progress"
         # Before the data are read, which may take long: were a rank to die there, older progress would look like this run's.
-        if not self._resume_mode and (older := from_rank_zero(partial(set_aside, progress))):
+        if not self._resume_mode and (older := hbp.parallel.from_rank_zero(partial(hbp.training.set_aside, progress))):
             utils.log_rank_zero(log, f"An older run's progress is now in {older}; to go on from it, name it {progress} again")
         self._checkpointer = self._setup_checkpointer(cfg.checkpointer)
         self._num_workers = cfg.get("num_workers") or 0
         self._data, self._store = self._setup_data(cfg, "dataset")
         # A saved plan may be of another policy than the planner; its samples are cut, and so counted, by its own.
-        cut = from_rank_zero(lambda: self._saved_plans[0].cut) if self._plan_file else getattr(self._planner, "overlong", "error")
-        self._num_targets = self._store.num_targets_within(self._groups[-1].pack_len, cut_of(cut))
+        cut = (
+            hbp.parallel.from_rank_zero(lambda: self._saved_plans[0].cut)
+            if self._plan_file
+            else getattr(self._planner, "overlong", "error")
+        )
+        self._num_targets = self._store.num_targets_within(self._groups[-1].pack_len, hbp.planning.cut_of(cut))
         self._validator = self._setup_validation(cfg) if "dataset_val" in self._data_settings else None
-        self._progress = ProgressSaver(
+        self._progress = hbp.training.ProgressSaver(
             progress,
-            RunIdentity(world_size=self.world_size, groups=self._groups, store_fingerprint=self._store.fingerprint),
+            hbp.training.RunIdentity(world_size=self.world_size, groups=self._groups, store_fingerprint=self._store.fingerprint),
             keep=cfg.get("keep_last_n_checkpoints") or 1,
             is_async=cfg.get("async_save") or False,
             log=partial(utils.log_rank_zero, log),
         )
         find = partial(self._progress.latest, is_required=self._resume_mode is True)
-        position = from_rank_zero(find) if self._resume_mode else None
+        position = hbp.parallel.from_rank_zero(find) if self._resume_mode else None
         if position is not None:
             self._update_recipe_state(position)
         self._steps_per_epoch = self._setup_plan(cfg.epochs, cfg.get("max_steps"))
         if position is not None and position.epoch < len(self._plan_hashes):  # else nothing is left to train
-            check_plan_hash(position, self._plan_hashes[position.epoch])
+            hbp.training.check_plan_hash(position, self._plan_hashes[position.epoch])
         limit = cfg.get("max_nonfinite_steps")
-        self._guard = StepGuard(
+        self._guard = hbp.training.StepGuard(
             max_nonfinite_steps=3 if limit is None else limit,
             skipped_steps=position.skipped_steps if position else 0,
         )
 
         self._load_weights()
-        self._optimizer = build("optimizer", cfg.optimizer, self._model.parameters())
-        self._lr_scheduler = None
-        if lr_scheduler := setting(cfg, "lr_scheduler"):
-            total_steps = sum(self._steps_per_epoch)
-            self._lr_scheduler = build("lr_scheduler", lr_scheduler, self._optimizer, num_training_steps=total_steps)
+        self._optimizer = hbp.config.build("optimizer", cfg.optimizer, self._model.parameters())
+        self._lr_scheduler = hbp.config.build_setting(
+            cfg, "lr_scheduler", self._optimizer, num_training_steps=sum(self._steps_per_epoch)
+        )
         if position is not None:
             self._resume(position)
         layouts = [x for group in self._groups for x in self._context_parallel.layouts(self._decoder.heads, group.cp_degree)]
-        meshes = build_cp_meshes(layouts, self._device.type, timeout=self._timeout)
-        self._switch = GroupSwitch(self._decoder.layers, meshes, self._attention, self._context_parallel)
-        self._steps = StepMetrics.joined(self._planned_steps, self._steps_per_epoch)
-        self._telemetry = StepTelemetry(
+        meshes = hbp.parallel.build_cp_meshes(layouts, self._device.type, timeout=self._timeout)
+        self._switch = hbp.parallel.GroupSwitch(self._decoder.layers, meshes, self._attention, self._context_parallel)
+        self._steps = hbp.planning.StepMetrics.joined(self._planned_steps, self._steps_per_epoch)
+        self._telemetry = hbp.training.StepTelemetry(
             self._steps,
             self._groups,
             shape=self._cost.shape,
             device=self._device,
-            peak_flops_per_s=peak_flops_per_s(self._device, self._compute_dtype),
-            busy=busy_clock(self._device, self._decoder.layers),
+            peak_flops_per_s=hbp.training.peak_flops_per_s(self._device, self._compute_dtype),
+            busy=hbp.training.busy_clock(self._device, self._decoder.layers),
         )
 
         self._profiler = self._setup_profiler(cfg)
-        metric_logger = setting(cfg, "metric_logger") if self._is_rank_zero else None
-        self._metric_logger = build("metric_logger", metric_logger) if metric_logger else None
+        self._metric_logger = hbp.config.build_setting(cfg, "metric_logger") if self._is_rank_zero else None
         if self._metric_logger:
             self._metric_logger.log_config(cfg)
 
     def _setup_decoder(self, cfg: DictConfig) -> nn.Module:
         """Build the decoder without weights, make it parallel, and check that the groups suit it."""
         with training.set_default_dtype(self._dtype), torch.device("meta"):
-            model: nn.Module = build("model", cfg.model)
-        self._cost = CostModel(model_shape(model))
-        self._decoder = parallelize_decoder(
+            model: nn.Module = hbp.config.build("model", cfg.model)
+        self._cost = hbp.planning.CostModel(hbp.models.model_shape(model))
+        self._decoder = hbp.models.parallelize_decoder(
             model,
             loss_head=self._loss_head,
             device_type=self._device.type,
@@ -248,88 +184,95 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             cpu_offload=self._cpu_offload,
         )
         self._layout = partial(self._context_parallel.layout, self._decoder.heads)
-        for line in (self._why_attention, *describe_layouts(self._context_parallel, self._decoder.heads, self._groups)):
+        for line in (
+            self._why_attention,
+            *hbp.parallel.describe_layouts(self._context_parallel, self._decoder.heads, self._groups),
+        ):
             utils.log_rank_zero(log, line)
-        check_ac_layers(self._groups, len(self._decoder.layers))
+        hbp.planning.check_ac_layers(self._groups, len(self._decoder.layers))
         return model
 
     def _setup_checkpointer(self, node: DictConfig) -> Any:
         """Build the checkpointer, and compare the positions of a Hugging Face checkpoint with those of the model."""
-        checkpointer = build("checkpointer", node)
-        self._hf_config: HFConfig | None = None
+        checkpointer = hbp.config.build("checkpointer", node)
+        self._hf_config: hbp.models.HFConfig | None = None
         if isinstance(checkpointer, training.FullModelHFCheckpointer):
-            self._hf_config = HFConfig(Path(node.checkpoint_dir), Path(node.output_dir), self._model)
+            self._hf_config = hbp.models.HFConfig(Path(node.checkpoint_dir), Path(node.output_dir), self._model)
             for line in self._hf_config.differences():
                 utils.log_rank_zero(log, line, logging.WARNING)
         return checkpointer
 
-    def _setup_data(self, cfg: DictConfig, key: str) -> tuple[LoadedData, TokenStore]:
+    def _setup_data(self, cfg: DictConfig, key: str) -> tuple[hbp.data.LoadedData, hbp.data.TokenStore]:
         """Load and tokenise data sets with all ranks, or open what an earlier run with the same ones left on disk."""
-        directory = Path(cfg.get("token_store_dir") or default_store_directory())
+        directory = Path(cfg.get("token_store_dir") or hbp.data.default_store_directory())
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
-        def work(watch: Callable[[int], None]) -> tuple[LoadedData, TokenStore]:
-            builder = Builder.of_rank(self.rank, self.world_size, local_world_size, watch)
-            data, store = open_data(self._data_settings[key], self._tokenizer, directory, builder)
+        def work(watch: Callable[[int], None]) -> tuple[hbp.data.LoadedData, hbp.data.TokenStore]:
+            builder = hbp.data.Builder.of_rank(self.rank, self.world_size, local_world_size, watch)
+            data, store = hbp.data.open_data(self._data_settings[key], self._tokenizer, directory, builder)
             path = self._output_dir / ("bad_rows.csv" if key == "dataset" else f"bad_rows_{key}.csv")
-            if self._is_rank_zero and (line := report_bad_rows(data.bad_rows(), path, self._bad_rows)):
+            if self._is_rank_zero and (line := hbp.reporting.report_bad_rows(data.bad_rows(), path, self._bad_rows)):
                 log.warning(line)
             return data, store
 
         timeout_s = cfg.get("token_store_timeout_s") or 1800
-        data, store = together(work, name=f"token store of {key}", timeout_s=timeout_s, timeout_key="token_store_timeout_s")
+        data, store = hbp.parallel.together(
+            work, name=f"token store of {key}", timeout_s=timeout_s, timeout_key="token_store_timeout_s"
+        )
         for line in data.describe() if self._is_rank_zero else ():
             log.info(line)
         if self._is_rank_zero and key == "dataset":
-            print_sample(view_sample(data, store, self._tokenizer, 0), Console(highlight=False))
+            hbp.reporting.print_sample(hbp.data.view_sample(data, store, self._tokenizer, 0), Console(highlight=False))
         return data, store
 
-    def _setup_validation(self, cfg: DictConfig) -> Validator:
+    def _setup_validation(self, cfg: DictConfig) -> hbp.training.Validator:
         """Tokenise and plan the held-out data."""
         data, store = self._setup_data(cfg, "dataset_val")
-        plan = from_rank_zero(
-            partial(plan_validation, self._planner, store, self._groups, world_size=self.world_size, cost=self._cost)
+        plan = hbp.parallel.from_rank_zero(
+            partial(hbp.training.plan_validation, self._planner, store, self._groups, world_size=self.world_size, cost=self._cost)
         )
-        check_positions(plan, self._decoder.max_seq_len)
-        return Validator(store, plan, data.labels, rank=self.rank, layout=self._layout, num_workers=self._num_workers)
+        hbp.planning.check_positions(plan, self._decoder.max_seq_len)
+        return hbp.training.Validator(
+            store, plan, data.labels, rank=self.rank, layout=self._layout, num_workers=self._num_workers
+        )
 
     def _setup_plan(self, epochs: int, max_steps: int | None) -> list[int]:
         """Count the optimizer steps of each epoch, up to ``max_steps``, and show the plan of the first."""
         steps_per_epoch: list[int] = []
         self._plan_hashes: list[str] = []
-        self._planned_steps: list[StepMetrics] = []
+        self._planned_steps: list[hbp.planning.StepMetrics] = []
         while len(steps_per_epoch) < epochs and (max_steps is None or sum(steps_per_epoch) < max_steps):
             plan = self._plan_epoch(len(steps_per_epoch), first_step=sum(steps_per_epoch))
             if not steps_per_epoch and self._is_rank_zero:
                 self._show_plan(plan)
-            check_positions(plan, self._decoder.max_seq_len)
+            hbp.planning.check_positions(plan, self._decoder.max_seq_len)
             document_weights = self._loss.document_weights(plan, self._num_targets)
             self._loss_head.check(self._device, document_weights, plan.pack_of_sample)
             left = plan.num_steps if max_steps is None else max_steps - sum(steps_per_epoch)
             steps_per_epoch.append(min(plan.num_steps, left))
             self._plan_hashes.append(plan.hash)
-            self._planned_steps.append(measure_steps(plan, self._cost))
+            self._planned_steps.append(hbp.planning.measure_steps(plan, self._cost))
         return steps_per_epoch
 
     @cached_property
-    def _saved_plans(self) -> tuple[EpochPlan, ...]:
+    def _saved_plans(self) -> tuple[hbp.planning.EpochPlan, ...]:
         """Read the saved plan once, on rank 0, which alone asks for it."""
-        return read_plan(cast(Path, self._plan_file))
+        return hbp.reporting.read_plan(cast(Path, self._plan_file))
 
-    def _plan_epoch(self, epoch: int, *, first_step: int) -> EpochPlan:
+    def _plan_epoch(self, epoch: int, *, first_step: int) -> hbp.planning.EpochPlan:
         """Plan an epoch on rank 0, or take it from the saved plan, and hand it to all ranks.
 
         Raises:
             ConfigError: a rank received another plan than rank 0 made.
         """
 
-        def make() -> tuple[EpochPlan, str]:
+        def make() -> tuple[hbp.planning.EpochPlan, str]:
             lengths, sample_ids = self._store.lengths, self._data.draw(seed=self.seed, epoch=epoch)
             if self._plan_file:
-                plan = check_saved_plan(
+                plan = hbp.planning.check_saved_plan(
                     self._saved_plans, epoch, lengths, self._groups, world_size=self.world_size, sample_ids=sample_ids
                 )
-                check_targets(plan, self._num_targets)  # lengths alone do not tell them
+                hbp.planning.check_targets(plan, self._num_targets)  # lengths alone do not tell them
             else:
                 plan = self._planner.plan(
                     lengths,
@@ -345,19 +288,19 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
                 )
             return plan, plan.hash
 
-        plan, plan_hash = from_rank_zero(make)
+        plan, plan_hash = hbp.parallel.from_rank_zero(make)
         if plan.hash != plan_hash:
-            raise ConfigError(
+            raise hbp.ConfigError(
                 f"rank {self.rank} received plan {plan.hash[:12]} of epoch {epoch}, rank 0 made {plan_hash[:12]}; are the "
                 f"versions of numpy and of this package the same on all nodes?"
             )
         return plan
 
-    def _show_plan(self, plan: EpochPlan) -> None:
+    def _show_plan(self, plan: hbp.planning.EpochPlan) -> None:
         lengths = self._store.lengths
-        compared = plan_comparison(plan, self._planner, seed=self.seed, cost=self._cost)
-        print_plan(plan, lengths, compared=compared, cost=self._cost)
-        if line := report_overlong(plan, lengths, self._output_dir, self._data.places):
+        compared = hbp.planning.plan_comparison(plan, self._planner, seed=self.seed, cost=self._cost)
+        hbp.reporting.print_plan(plan, lengths, compared=compared, cost=self._cost)
+        if line := hbp.reporting.report_overlong(plan, lengths, self._output_dir, self._data.places):
             log.warning(line)
 
     def _load_weights(self) -> None:
@@ -373,14 +316,14 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         training.validate_no_params_on_meta_device(self._model)
         utils.log_rank_zero(log, f"Loading weights took {time.perf_counter() - start:.1f} s")
 
-    def _update_recipe_state(self, position: Position) -> None:
+    def _update_recipe_state(self, position: hbp.training.Position) -> None:
         """Take up position and seed, which the plan depends on."""
         if position.seed != self.seed:
             utils.log_rank_zero(log, f"seed={position.seed} of the saved progress replaces seed={self.seed}")
         self.seed = position.seed
         self.global_step, self.epoch, self.epoch_step = position.global_step, position.epoch, position.epoch_step
 
-    def _resume(self, position: Position) -> None:
+    def _resume(self, position: hbp.training.Position) -> None:
         """Take up weights, optimizer, schedule and random state where the last completed step left them."""
         self._progress.load(position, model=self._model, optimizer=self._optimizer, lr_scheduler=self._lr_scheduler)
         total_steps = sum(self._steps_per_epoch)
@@ -394,23 +337,23 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         node = cfg.get(training.PROFILER_KEY) or OmegaConf.create({"enabled": False})
         if "_component_" not in node:  # added to the node, which knows the file that its interpolations are of
             node = cast(DictConfig, OmegaConf.merge(node, {"_component_": "torchtune.training.setup_torch_profiler"}))
-        profiler, _ = build("profiler", node)
+        profiler, _ = hbp.config.build("profiler", node)
         return profiler
 
-    def _epoch_batches(self, epoch: int) -> Iterator[PackBatch]:
+    def _epoch_batches(self, epoch: int) -> Iterator[hbp.data.PackBatch]:
         """Load this rank's packs of an epoch, from the first step that is not done."""
         plan = self._plan = self._plan_epoch(epoch, first_step=sum(self._steps_per_epoch[:epoch]))
         weights = self._loss.document_weights(plan, self._num_targets)
-        dataset = HierarchicalPackedDataset(self._store, plan, weights, self.rank, self._layout)
+        dataset = hbp.data.HierarchicalPackedDataset(self._store, plan, weights, self.rank, self._layout)
         indices = plan.indices_for_rank(self.rank, first_step=self.epoch_step, last_step=self._steps_per_epoch[epoch])
-        for batch in pack_loader(dataset, indices, self._num_workers):
+        for batch in hbp.data.pack_loader(dataset, indices, self._num_workers):
             yield batch.to(self._device)
 
     def train(self) -> None:
         """Train; every optimizer step draws its packs from one group."""
         fsdp = cast(FSDPModule, self._model)
         total_steps = sum(self._steps_per_epoch)
-        self._table = RunTable(
+        self._table = hbp.reporting.RunTable(
             self._groups,
             self._steps.group,
             world_size=self.world_size,
@@ -418,13 +361,13 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             is_shown=self._is_rank_zero,
         )
         self._profiler.start()
-        self._stop = StopSignals()
+        self._stop = hbp.training.StopSignals()
         for epoch in range(self.epoch, len(self._steps_per_epoch)):
             self.epoch = epoch
             for batch in self._telemetry.watch(self._epoch_batches(epoch)):
                 pack = self._switch.activate(batch)  # the group's CP mesh and recomputed layers
                 fsdp.set_requires_gradient_sync(self._sharded_accumulation or batch.is_last_micro_step)
-                with explain_out_of_memory(batch, num_layers=len(self._decoder.layers)):
+                with hbp.training.explain_out_of_memory(batch, num_layers=len(self._decoder.layers)):
                     loss = self._model(
                         batch.tokens, mask=pack, input_pos=batch.input_pos, labels=batch.labels, loss_weights=batch.loss_weights
                     )
@@ -484,7 +427,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         if self._validator is None or not is_due:
             return
         metrics = self._validator.run(self._model, self._switch, self._device)
-        self._table.say(describe_validation(self.global_step, metrics))
+        self._table.say(hbp.training.describe_validation(self.global_step, metrics))
         if self._metric_logger:
             self._metric_logger.log_dict(metrics, step=self.global_step)
 
@@ -501,7 +444,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     def save_progress(self) -> None:
         """Save what resuming needs; the run goes on from here after a crash."""
-        position = Position(
+        position = hbp.training.Position(
             global_step=self.global_step,
             epoch=self.epoch,
             epoch_step=self.epoch_step,
@@ -520,11 +463,13 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             self._checkpointer.save_checkpoint({training.MODEL_KEY: state_dict}, epoch=epoch)
             if self._hf_config:
                 self._hf_config.write(epoch)
-                if isinstance(self._tokenizer, HFTokenizer):
+                if isinstance(self._tokenizer, hbp.data.HFTokenizer):
                     self._tokenizer.export(self._output_dir / f"epoch_{epoch}")
 
         # An error on rank 0, such as a full disk, is one on every rank: none waits for it in vain.
-        from_rank_zero(partial(export_weights, export, self._output_dir, num_bytes(state_dict)))
+        hbp.parallel.from_rank_zero(
+            partial(hbp.training.export_weights, export, self._output_dir, hbp.training.num_bytes(state_dict))
+        )
 
     def cleanup(self) -> None:
         """Close the logger, leave the process group, and put signal handlers back."""
@@ -546,7 +491,7 @@ def recipe_main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Run from the command line; ``--config`` takes a path or the name of a packaged configuration."""
-    run_recipe(recipe_main)
+    hbp.config.run_recipe(recipe_main)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from torchtune import _recipe_registry
 
 from hbp_tune.cli.__main__ import expand, main
 from hbp_tune.cli.registry import PLAN, PROFILE, TRAIN, find, register
-from hbp_tune.components.config.packaged import packaged_configs
-from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.config.packaged import packaged_configs
+from hbp_tune.errors import ConfigError
 from hbp_tune.recipes import hbp_full_finetune_distributed
 
 

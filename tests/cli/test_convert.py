@@ -7,7 +7,7 @@ from torchtune import config
 from torchtune._recipe_registry import get_all_recipes
 
 from hbp_tune.cli.__main__ import main
-from hbp_tune.components import check_config
+from hbp_tune.config import check_config
 
 STOCK = Path(torchtune.__file__).parents[1] / "recipes" / "configs"
 # Images have no place in a decoder of text, nor has Gemma 2's attention in packs.

@@ -17,8 +17,8 @@ from tests.launching import end_of, ranks_of, run, start
 
 RECIPE = """
 import os, signal, sys, time
-from hbp_tune.components.config.packaged import run_recipe
-from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.config.packaged import run_recipe
+from hbp_tune.errors import ConfigError
 
 def main():
     how = sys.argv[-1].removeprefix("how=")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hbp_tune.cli.__main__ import main
-from hbp_tune.components.config.packaged import packaged_configs
+from hbp_tune.config.packaged import packaged_configs
 from tests.helpers import launch_world_size
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from hbp_tune.components import ISF, PackingGroup, StepProfile, build, setting
-from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.config import build, build_setting, setting
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning import ISF, PackingGroup, StepProfile
 
 GROUP = "hbp_tune.components.PackingGroup"
 
@@ -34,6 +35,19 @@ def test_what_a_key_was_set_to() -> None:
     cfg.planner.pop("_component_")
     with pytest.raises(ConfigError, match=r"config key 'planner' \(no _component_\) cannot be built"):
         build("planner", setting(cfg, "planner"))
+
+
+def test_a_setting_is_built_or_its_default_made() -> None:
+    cfg = OmegaConf.create(
+        {"planner": {"_component_": "hbp_tune.components.BalancePlanner", "mode": "paper"}, "scheme": "ulysses"}
+    )
+    assert build_setting(cfg, "planner", default=ISF).mode == "paper"
+    assert isinstance(build_setting(cfg, "packer", default=ISF), ISF)
+    assert build_setting(cfg, "packer") is None
+    assert build_setting(cfg, "scheme", default="auto") == "ulysses"
+    assert build_setting(cfg, "other", default="auto") == "auto"
+    with pytest.raises(ConfigError, match="config key 'scheme'"):
+        build_setting(cfg, "scheme", default=ISF)
 
 
 def test_a_list_of_mappings_is_an_argument() -> None:

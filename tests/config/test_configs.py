@@ -6,16 +6,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training
 
-from hbp_tune.components import (
-    PackingGroup,
-    adapt_decoder,
-    build,
-    check_config,
-    check_groups,
-    describe_layouts,
-    select_context_parallel,
-)
-from hbp_tune.components.config.packaged import packaged_configs
+from hbp_tune.config import build, check_config
+from hbp_tune.config.packaged import packaged_configs
+from hbp_tune.models import adapt_decoder
+from hbp_tune.parallel import describe_layouts, select_context_parallel
+from hbp_tune.planning import PackingGroup, check_groups
 from tests.helpers import launch_world_size
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from hbp_tune.components import Builder, build, data_settings, open_data
+from hbp_tune.config import build, data_settings
+from hbp_tune.data import Builder, open_data
 from hbp_tune.demo import prepare_demo
 
 ROOT = Path(__file__).parents[2]

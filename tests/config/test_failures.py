@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from hbp_tune.components.config import failures
-from hbp_tune.components.config.failures import end_after_cause, end_in_one_line, is_lost_contact, record_for_torchrun
+from hbp_tune.config import failures
+from hbp_tune.config.failures import end_after_cause, end_in_one_line, is_lost_contact, record_for_torchrun
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hbp_tune.components.config.folders import output_folder, writing_token_store
-from hbp_tune.components.planning.errors import ConfigError, DataError
+from hbp_tune.config.folders import output_folder, writing_token_store
+from hbp_tune.errors import ConfigError, DataError
 
 
 def test_a_folder_of_results_is_made() -> None:

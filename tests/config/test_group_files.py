@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from hbp_tune.components.config.group_files import groups_of, write_groups
-from hbp_tune.components.planning.errors import ConfigError
-from hbp_tune.components.planning.records import PackingGroup
+from hbp_tune.config.group_files import groups_of, write_groups
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning.plans.records import PackingGroup
 
 GROUPS = (
     PackingGroup(name="8K", pack_len=8192),

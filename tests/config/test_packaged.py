@@ -6,8 +6,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
-from hbp_tune.components.config.packaged import find_config, merge_list_overrides, packaged_configs, run_recipe
-from hbp_tune.components.planning.errors import ConfigError, PackingError
+from hbp_tune.config.packaged import find_config, merge_list_overrides, packaged_configs, run_recipe
+from hbp_tune.errors import ConfigError, PackingError
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from hbp_tune.components.config.sources import data_settings, dataset_settings
-from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.config.sources import data_settings, dataset_settings
+from hbp_tune.errors import ConfigError
 
 
 def data(*names: Any, source: str = "json") -> dict[str, Any]:

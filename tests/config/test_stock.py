@@ -11,9 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training
 from torchtune._recipe_registry import get_all_recipes
 
-from hbp_tune.components import Ulysses, adapt_decoder, build, check_config, check_groups, describe_layouts
-from hbp_tune.components.config.stock import is_stock_loss, missing_tokenizer_files
-from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.config import build, check_config
+from hbp_tune.config.stock import is_stock_loss, missing_tokenizer_files
+from hbp_tune.errors import ConfigError
+from hbp_tune.models import adapt_decoder
+from hbp_tune.parallel import Ulysses, describe_layouts
+from hbp_tune.planning import check_groups
 from hbp_tune.recipes import hbp_full_finetune_distributed
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from hbp_tune.components.data.conversation import Conversation
+from hbp_tune.data.tokenizing.conversation import Conversation
 
 TEMPLATES = Path(__file__).parent / "templates"
 _TEXTS = [

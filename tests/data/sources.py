@@ -1,4 +1,4 @@
-"""Data sets for tests of this room."""
+"""Data sets for tests of data and configurations."""
 
 import json
 from pathlib import Path

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from torchtune.data import Message
 
-from hbp_tune.components.data.chat_dataset import ChatDataset
-from hbp_tune.components.data.conversation import EncodedChat
-from hbp_tune.components.data.estimate import CharacterEstimate
-from hbp_tune.components.data.hf_tokenizer import HFTokenizer
-from hbp_tune.components.planning.errors import ConfigError, DataError
+from hbp_tune.data.chats.dataset import ChatDataset
+from hbp_tune.data.store.estimate import CharacterEstimate
+from hbp_tune.data.tokenizing.conversation import EncodedChat
+from hbp_tune.data.tokenizing.hf_tokenizer import HFTokenizer
+from hbp_tune.errors import ConfigError, DataError
 from tests.data.chat_models import write_model
 
 

@@ -5,9 +5,9 @@ import unicodedata
 import pytest
 from tokenizers import Tokenizer
 
-from hbp_tune.components.data.conversation import Conversation
-from hbp_tune.components.data.hf_tokenizer import HFTokenizer
-from hbp_tune.components.planning.errors import DataError
+from hbp_tune.data.tokenizing.conversation import Conversation
+from hbp_tune.data.tokenizing.hf_tokenizer import HFTokenizer
+from hbp_tune.errors import DataError
 from tests.data.chat_models import CALL, KINDS, TOOL, assistant, encoded, reference, system, targets, user, write_model
 
 

@@ -8,21 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from hbp_tune.components import (
-    AveTokenLoss,
-    BalancePlanner,
-    CpDegrees,
-    EpochPlan,
-    HierarchicalPackedDataset,
-    PackBatch,
-    PackingGroup,
-    TokenStore,
-    open_token_store,
-    pack_loader,
-)
-from hbp_tune.components.data.dataset import Layout, by_heads
-from hbp_tune.components.planning.sharding import local_rows, padded_len, share_out
-from hbp_tune.components.planning.truncation import cut_of, kept_tokens
+from hbp_tune.data import HierarchicalPackedDataset, PackBatch, TokenStore, open_token_store, pack_loader
+from hbp_tune.data.batches.dataset import Layout, by_heads
+from hbp_tune.planning import BalancePlanner, CpDegrees, EpochPlan, PackingGroup
+from hbp_tune.planning.plans.sharding import local_rows, padded_len, share_out
+from hbp_tune.planning.plans.truncation import cut_of, kept_tokens
+from hbp_tune.training import AveTokenLoss
 from tests.helpers import RandomTokens, mixed_lengths
 
 GROUPS = (PackingGroup(name="short", pack_len=256), PackingGroup(name="long", pack_len=1024, cp_degree=2))

@@ -5,9 +5,9 @@ import pytest
 from torchtune.data import Message
 from torchtune.datasets import chat_dataset, instruct_dataset, text_completion_dataset
 
-from hbp_tune.components.data.estimate import BYTES_PER_TOKEN, CharacterEstimate, estimate_lengths
-from hbp_tune.components.data.rows import BadRow
-from hbp_tune.components.planning.errors import DataError
+from hbp_tune.data.store.estimate import BYTES_PER_TOKEN, CharacterEstimate, estimate_lengths
+from hbp_tune.data.store.rows import BadRow
+from hbp_tune.errors import DataError
 from tests.data.sources import CHAT, chat, written
 from tests.helpers import RandomTokens
 

@@ -10,11 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torchtune.data import Message
 from transformers import AutoTokenizer
 
-from hbp_tune.components.data.byte_pairs import BytePairs
-from hbp_tune.components.data.conversation import Conversation
-from hbp_tune.components.data.hf_tokenizer import HFTokenizer
-from hbp_tune.components.data.token_places import TokenPlaces, among_offsets
-from hbp_tune.components.planning.errors import ConfigError, DataError
+from hbp_tune.data.tokenizing.byte_pairs import BytePairs
+from hbp_tune.data.tokenizing.conversation import Conversation
+from hbp_tune.data.tokenizing.hf_tokenizer import HFTokenizer
+from hbp_tune.data.tokenizing.token_places import TokenPlaces, among_offsets
+from hbp_tune.errors import ConfigError, DataError
 from tests.data.chat_models import CALL, KINDS, TOOL, assistant, encoded, reference, system, targets, user, write_model
 
 HAS_SYSTEM = tuple(kind for kind in KINDS if kind not in ("mistral", "gemma"))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hbp_tune.components.data.json_lines import clean, find_bad_rows, is_json_lines, numbered_lines
-from hbp_tune.components.planning.errors import DataError
+from hbp_tune.data.chats.json_lines import clean, find_bad_rows, is_json_lines, numbered_lines
+from hbp_tune.errors import DataError
 
 GOOD = b'{"id": 1, "text": "x"}'
 

@@ -8,8 +8,8 @@ import pytest
 from pyarrow.csv import write_csv
 from pyarrow.parquet import write_table
 
-from hbp_tune.components.data.lengths import read_lengths
-from hbp_tune.components.planning.errors import DataError
+from hbp_tune.data.store.lengths import read_lengths
+from hbp_tune.errors import DataError
 
 
 def written(folder: Path, text: str, name: str = "lengths.csv") -> Path:

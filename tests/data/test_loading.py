@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hbp_tune.components.config.sources import DataSettings, data_settings
-from hbp_tune.components.data.estimate import CharacterEstimate
-from hbp_tune.components.data.loading import estimate_data, open_data
-from hbp_tune.components.data.sources import LoadedData
-from hbp_tune.components.data.store import Builder, TokenStore
-from hbp_tune.components.planning.errors import ConfigError, DataError
-from hbp_tune.components.reporting.bad_rows import report_bad_rows
+from hbp_tune.config.sources import DataSettings, data_settings
+from hbp_tune.data.store.estimate import CharacterEstimate
+from hbp_tune.data.store.loading import estimate_data, open_data
+from hbp_tune.data.store.sources import LoadedData
+from hbp_tune.data.store.store import Builder, TokenStore
+from hbp_tune.errors import ConfigError, DataError
+from hbp_tune.reporting.terminal.bad_rows import report_bad_rows
 from tests.data.sources import CHAT, chat, written
 
 

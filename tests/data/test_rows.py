@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from torchtune.datasets import chat_dataset
 
-from hbp_tune.components.data.estimate import CharacterEstimate
-from hbp_tune.components.data.rows import NO_TARGET, BadRow, RowReader, Sample, conversation_fault
-from hbp_tune.components.planning.errors import DataError
+from hbp_tune.data.store.estimate import CharacterEstimate
+from hbp_tune.data.store.rows import NO_TARGET, BadRow, RowReader, Sample, conversation_fault
+from hbp_tune.errors import DataError
 from tests.data.sources import CHAT, Rows, chat, written
 
 OPENAI = ("role", "content", ("system", "user", "ipython", "tool", "assistant"))

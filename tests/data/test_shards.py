@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from hbp_tune.components import together
-from hbp_tune.components.data.rows import RowReader
-from hbp_tune.components.data.shards import ShardBuilders, cut_shards
-from hbp_tune.components.data.store import Builder, open_token_store
-from hbp_tune.components.planning.errors import DataError
+from hbp_tune.data.store.rows import RowReader
+from hbp_tune.data.store.shards import ShardBuilders, cut_shards
+from hbp_tune.data.store.store import Builder, open_token_store
+from hbp_tune.errors import DataError
+from hbp_tune.parallel import together
 from tests.data.sources import Rows
 from tests.helpers import RandomTokens
 from tests.ranks import RankError, RankPool
@@ -117,7 +117,7 @@ def test_a_builder_that_is_killed_is_named_and_its_finished_shards_stay(tmp_path
 def test_a_killed_rank_leaves_its_shard_to_others_and_its_builders_end(tmp_path: Path) -> None:
     script = (
         "from pathlib import Path\nfrom tests.data.test_shards import Noted\n"
-        "from hbp_tune.components.data.store import Builder, open_token_store\n"
+        "from hbp_tune.data.store.store import Builder, open_token_store\n"
         f"noted = Noted(Path({str(tmp_path / 'killed')!r}), 512, wait_s=0.02)\n"
         f"open_token_store([noted], Path({str(tmp_path / 'store')!r}), Builder(num_processes=1))\n"
     )

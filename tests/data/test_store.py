@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hbp_tune.components.data.rows import NO_TARGET, BadRow
-from hbp_tune.components.data.store import Builder, digest_files, open_token_store, store_key
-from hbp_tune.components.planning.errors import DataError
+from hbp_tune.data.store.rows import NO_TARGET, BadRow
+from hbp_tune.data.store.store import Builder, digest_files, open_token_store, store_key
+from hbp_tune.errors import DataError
 from tests.data.sources import Rows
 from tests.helpers import RandomTokens
 

@@ -91,7 +91,7 @@ def tokenizer(demo, torchtune_names):
 
 @pytest.fixture(scope="module")
 def hf_tokenizer(demo):
-    from hbp_tune.components.data.hf_tokenizer import HFTokenizer
+    from hbp_tune.data.tokenizing.hf_tokenizer import HFTokenizer
 
     return HFTokenizer(str(demo.checkpoint_dir))
 
@@ -361,7 +361,7 @@ def test_the_vocabulary_fits_the_model(demo, tokenizer, torchtune_names):
 def test_byte_alphabet_is_the_published_one():
     from tokenizers.pre_tokenizers import ByteLevel
 
-    from hbp_tune.components.data.byte_pairs import byte_letters
+    from hbp_tune.data.tokenizing.byte_pairs import byte_letters
 
     alphabet = byte_letters()
     assert sorted(alphabet) == sorted(ByteLevel.alphabet())

@@ -18,25 +18,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtune import training
 from torchtune.models.llama3 import llama3
 
-from hbp_tune.components import (
-    AllGatherKV,
-    CpDegrees,
-    GroupSwitch,
-    PackingGroup,
-    Ulysses,
-    adapt_decoder,
-    apply_fsdp,
-    build_cp_meshes,
-    build_fsdp_mesh,
-    make_checkpointable,
-    separate_units,
-)
-from hbp_tune.components.data.batch import Spans
-from hbp_tune.components.parallel.attention import Attention
-from hbp_tune.components.parallel.mesh import CpMesh
-from hbp_tune.components.parallel.parallelize import PackContext
-from hbp_tune.components.planning.memory import RESERVE_BYTES, DecoderShape, MemoryModel, layer_activations
-from hbp_tune.components.planning.sharding import share_out
+from hbp_tune.data.batches.batch import Spans
+from hbp_tune.models import adapt_decoder, separate_units
+from hbp_tune.parallel import AllGatherKV, GroupSwitch, Ulysses, apply_fsdp, build_cp_meshes, build_fsdp_mesh, make_checkpointable
+from hbp_tune.parallel.attention import Attention
+from hbp_tune.parallel.mesh import CpMesh
+from hbp_tune.parallel.parallelize import PackContext
+from hbp_tune.planning import CpDegrees, PackingGroup
+from hbp_tune.planning.costs.memory import RESERVE_BYTES, DecoderShape, MemoryModel, layer_activations
+from hbp_tune.planning.plans.sharding import share_out
 from tests.ranks import RankPool
 
 SHAPE = DecoderShape(num_layers=2, embed_dim=256, num_heads=8, num_kv_heads=2, head_dim=32, intermediate_dim=512, vocab_size=1024)

@@ -20,8 +20,9 @@ from torchtune.models.qwen2 import qwen2, qwen2_7b
 from torchtune.models.qwen2_5 import qwen2_5_7b_base, qwen2_5_7b_instruct
 from torchtune.modules import TransformerDecoder
 
-from hbp_tune.components import ConfigError, HFConfig, with_yarn
-from hbp_tune.components.models.hf_config import model_positions
+from hbp_tune.errors import ConfigError
+from hbp_tune.models import HFConfig, with_yarn
+from hbp_tune.models.hf_config import model_positions
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}
 # What the checkpoints' own files say of positions.

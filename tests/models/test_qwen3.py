@@ -8,17 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hbp_tune.components import (
-    Qwen3Checkpointer,
-    qwen3,
-    qwen3_0_6b,
-    qwen3_1_7b,
-    qwen3_4b,
-    qwen3_8b,
-    qwen3_14b,
-    qwen3_32b,
-    with_yarn,
-)
+from hbp_tune.models import Qwen3Checkpointer, qwen3, qwen3_0_6b, qwen3_1_7b, qwen3_4b, qwen3_8b, qwen3_14b, qwen3_32b, with_yarn
 from tests.models.tiny_qwen3 import HEAD_DIM, SMALL, write_checkpoint
 
 

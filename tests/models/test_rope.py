@@ -12,8 +12,10 @@ from torchtune.models.llama3_1 import llama3_1
 from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings, qwen2
 from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune_to_hf
 
-from hbp_tune.components import ConfigError, adapt_decoder, build, with_yarn
-from hbp_tune.components.models.rope import Yarn, YarnRotaryPositionalEmbeddings
+from hbp_tune.config import build
+from hbp_tune.errors import ConfigError
+from hbp_tune.models import adapt_decoder, with_yarn
+from hbp_tune.models.rope import Yarn, YarnRotaryPositionalEmbeddings
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
 

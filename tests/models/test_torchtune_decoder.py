@@ -5,19 +5,14 @@ import torch
 from torch import nn
 from torchtune.models import gemma2, llama2, llama3, llama3_1, llama3_2, llama3_3, qwen2, qwen2_5
 
-from hbp_tune.components import (
-    AttentionHeads,
-    AutoContextParallel,
-    ConfigError,
-    PackingGroup,
-    adapt_decoder,
-    describe_layouts,
-)
-from hbp_tune.components.models import torchtune_seam
-from hbp_tune.components.models.torchtune_decoder import decoder_shape, model_shape, separate_units
-from hbp_tune.components.planning.cost import LLAMA3_1_8B, ModelShape
-from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER
 from hbp_tune.demo.model import build
+from hbp_tune.errors import ConfigError
+from hbp_tune.models import adapt_decoder, torchtune_seam
+from hbp_tune.models.torchtune_decoder import decoder_shape, model_shape, separate_units
+from hbp_tune.parallel import AutoContextParallel, describe_layouts
+from hbp_tune.planning import AttentionHeads, PackingGroup
+from hbp_tune.planning.costs.cost import LLAMA3_1_8B, ModelShape
+from hbp_tune.planning.costs.memory import LLAMA3_1_8B_DECODER
 from tests.helpers import SHAPE
 
 TINY = {"vocab_size": 32, "num_layers": 2, "num_heads": 4, "embed_dim": 16, "max_seq_len": 64, "intermediate_dim": 32}

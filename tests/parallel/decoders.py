@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.models.llama3_1 import llama3_1
 
-from hbp_tune.components import DecoderParts, adapt_decoder
+from hbp_tune.models import DecoderParts, adapt_decoder
 from tests.parallel.collectives import collective_name
 
 NUM_LAYERS = 4

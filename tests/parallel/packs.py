@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hbp_tune.components import CpDegrees, PackBatch, PackingGroup
-from hbp_tune.components.data.batch import Spans
-from hbp_tune.components.planning.sharding import share_of_rank, share_out
+from hbp_tune.data import PackBatch
+from hbp_tune.data.batches.batch import Spans
+from hbp_tune.planning import CpDegrees, PackingGroup
+from hbp_tune.planning.plans.sharding import share_of_rank, share_out
 
 VOCAB = 64
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.autograd import graph
 from torch.distributed.tensor import DTensor
 
-from hbp_tune.components import ConfigError, PackingGroup, make_checkpointable
-from hbp_tune.components.parallel.activation_checkpoint import _ATTENTION_OPS, check_offload, set_ac_layers
+from hbp_tune.errors import ConfigError
+from hbp_tune.parallel import make_checkpointable
+from hbp_tune.parallel.activation_checkpoint import _ATTENTION_OPS, check_offload, set_ac_layers
+from hbp_tune.planning import PackingGroup
 from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed
 from tests.helpers import SHAPE, mixed_lengths, recipe_config
 from tests.parallel.collectives import cuda_all_to_all
@@ -149,7 +151,7 @@ def test_offload_moves_each_layers_input_and_nothing_else(monkeypatch: pytest.Mo
             self.pack_hook = lambda x: (moved.append(x), to_host(x))[1]
             self.unpack_hook = lambda packed: (fetched.append(packed), from_host(packed))[1]
 
-    monkeypatch.setattr("hbp_tune.components.parallel.activation_checkpoint.save_on_cpu", Watched)
+    monkeypatch.setattr("hbp_tune.parallel.activation_checkpoint.save_on_cpu", Watched)
     model, parts = tiny_decoder()
     make_checkpointable(parts.layers)
     set_ac_layers(parts.layers, ac_layers, "offload")

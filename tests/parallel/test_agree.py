@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from hbp_tune.components.parallel.agree import Watch, from_rank_zero, together
-from hbp_tune.components.planning.errors import ConfigError, DataError, PackingError
+from hbp_tune.errors import ConfigError, DataError, PackingError
+from hbp_tune.parallel.agree import Watch, from_rank_zero, together
 from tests.ranks import RankError, RankPool
 
 

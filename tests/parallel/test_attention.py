@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hbp_tune.components import ConfigError, CpDegrees
-from hbp_tune.components.data.batch import Spans
-from hbp_tune.components.parallel import attention
-from hbp_tune.components.parallel.attention import (
+from hbp_tune.data.batches.batch import Spans
+from hbp_tune.errors import ConfigError
+from hbp_tune.parallel import attention
+from hbp_tune.parallel.attention import (
     Attention,
     attend_by_length,
     flash_attention,
@@ -19,6 +19,7 @@ from hbp_tune.components.parallel.attention import (
     select_attention,
     varlen_attention,
 )
+from hbp_tune.planning import CpDegrees
 from tests.parallel.packs import dense, qkv, rank_view, spans_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

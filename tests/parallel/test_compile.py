@@ -10,8 +10,9 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torchtune.modules import TransformerSelfAttentionLayer
 
-from hbp_tune.components import DecoderParts, compile_layers, make_checkpointable
-from hbp_tune.components.parallel.activation_checkpoint import set_ac_layers
+from hbp_tune.models import DecoderParts
+from hbp_tune.parallel import compile_layers, make_checkpointable
+from hbp_tune.parallel.activation_checkpoint import set_ac_layers
 from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed
 from tests.helpers import mixed_lengths, recipe_config
 from tests.parallel.decoders import NUM_LAYERS, OperatorCounter, forward, take_gradients, tiny_decoder

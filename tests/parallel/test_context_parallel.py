@@ -8,13 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hbp_tune.components import (
+from hbp_tune.errors import ConfigError
+from hbp_tune.parallel import (
     AllGatherKV,
-    AttentionHeads,
     AutoContextParallel,
-    ConfigError,
-    CpDegrees,
-    PackingGroup,
     Ulysses,
     UlyssesAllGather,
     build_cp_meshes,
@@ -22,9 +19,10 @@ from hbp_tune.components import (
     sdpa_per_document,
     select_context_parallel,
 )
-from hbp_tune.components.parallel.context_parallel import ContextParallel
-from hbp_tune.components.planning.exchange import moved_heads
-from hbp_tune.components.planning.sharding import share_out
+from hbp_tune.parallel.context_parallel import ContextParallel
+from hbp_tune.planning import AttentionHeads, CpDegrees, PackingGroup
+from hbp_tune.planning.costs.exchange import moved_heads
+from hbp_tune.planning.plans.sharding import share_out
 from tests.parallel.collectives import CollectiveCounter, cuda_all_to_all
 from tests.parallel.packs import dense, qkv, rank_view
 from tests.ranks import RankPool

@@ -15,10 +15,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from hbp_tune.components import (
+from hbp_tune.data import PackBatch
+from hbp_tune.parallel import (
     GroupSwitch,
-    PackBatch,
-    PackingGroup,
     apply_fsdp,
     build_cp_meshes,
     build_fsdp_mesh,
@@ -26,10 +25,11 @@ from hbp_tune.components import (
     select_attention,
     select_context_parallel,
 )
-from hbp_tune.components.parallel.context_parallel import ContextParallel, UlyssesAllGather
-from hbp_tune.components.parallel.mesh import CpMeshes
-from hbp_tune.components.planning.exchange import AttentionHeads
-from hbp_tune.components.planning.sharding import padded_len
+from hbp_tune.parallel.context_parallel import ContextParallel, UlyssesAllGather
+from hbp_tune.parallel.mesh import CpMeshes
+from hbp_tune.planning import PackingGroup
+from hbp_tune.planning.costs.exchange import AttentionHeads
+from hbp_tune.planning.plans.sharding import padded_len
 from tests.parallel.packs import batch_of, dense, pack_tensors
 from tests.parallel.toy_decoder import ToyDecoder, build_toy
 from tests.ranks import RankPool
@@ -286,7 +286,5 @@ def test_eight_ranks_equal_one_process(ranks: Callable[[int], RankPool], scheme:
 
 def test_the_toy_decoder_and_parallel_need_no_torchtune() -> None:
     """Import what a decoder needs in a fresh interpreter; torchtune must not come along."""
-    code = (
-        "import sys, tests.parallel.toy_decoder, hbp_tune.components.parallel.parallelize; assert 'torchtune' not in sys.modules"
-    )
+    code = "import sys, tests.parallel.toy_decoder, hbp_tune.parallel.parallelize; assert 'torchtune' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

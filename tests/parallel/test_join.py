@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hbp_tune.components.parallel.join import name_of_start
+from hbp_tune.parallel.join import name_of_start
 
 
 def names(path: Path, ranks: list[int], world_size: int) -> dict[int, str]:

@@ -15,21 +15,20 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hbp_tune.components import (
-    ConfigError,
-    EpochPlan,
+from hbp_tune.demo.model import TinyLlama, build
+from hbp_tune.errors import ConfigError
+from hbp_tune.models import adapt_decoder, separate_units
+from hbp_tune.parallel import (
     ForwardGradientHead,
     LigerHead,
     RecomputedHead,
     TokenLossHead,
-    adapt_decoder,
     apply_fsdp,
     build_fsdp_mesh,
-    separate_units,
+    loss_head,
 )
-from hbp_tune.components.parallel import loss_head
-from hbp_tune.components.parallel.loss_head import LossHead
-from hbp_tune.demo.model import TinyLlama, build
+from hbp_tune.parallel.loss_head import LossHead
+from hbp_tune.planning import EpochPlan
 from tests.helpers import mixed_lengths, recipe_config, run_recipe_job
 from tests.ranks import RankError, RankPool
 

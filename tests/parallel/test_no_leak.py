@@ -8,16 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hbp_tune.components import (
-    CpDegrees,
-    GroupSwitch,
-    PackingGroup,
-    Ulysses,
-    build_cp_meshes,
-    make_checkpointable,
-    sdpa_per_document,
-)
-from hbp_tune.components.planning.sharding import padded_len
+from hbp_tune.parallel import GroupSwitch, Ulysses, build_cp_meshes, make_checkpointable, sdpa_per_document
+from hbp_tune.planning import CpDegrees, PackingGroup
+from hbp_tune.planning.plans.sharding import padded_len
 from tests.parallel.packs import batch_of, pack_tensors, rank_view
 from tests.parallel.toy_decoder import build_toy
 from tests.ranks import RankPool

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hbp_tune.components.parallel.loss_head import ForwardGradientHead
+from hbp_tune.parallel.loss_head import ForwardGradientHead
 
 
 class ToyLayer(nn.Module):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hbp_tune.components.planning.records import PackingGroup
+from hbp_tune.planning.plans.records import PackingGroup
 
 pytest.register_assert_rewrite("tests.planning.helpers")
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hbp_tune.components.planning.cost import CostModel, ModelShape
-from hbp_tune.components.planning.packs import Packs
-from hbp_tune.components.planning.records import EpochPlan
+from hbp_tune.planning.costs.cost import CostModel, ModelShape
+from hbp_tune.planning.plans.packs import Packs
+from hbp_tune.planning.plans.records import EpochPlan
 
 
 def array(*values: int) -> NDArray[np.int32]:

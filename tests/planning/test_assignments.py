@@ -4,13 +4,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.assignments import MixedDegrees, assign_epoch, dynamic_cp, flexsp, least_mixed_s
-from hbp_tune.components.planning.cost import CostModel
-from hbp_tune.components.planning.errors import PackingError
-from hbp_tune.components.planning.hardware import H100
-from hbp_tune.components.planning.planner import BalancePlanner
-from hbp_tune.components.planning.records import PackingGroup
-from hbp_tune.components.planning.simulation import PackWork, simulate
+from hbp_tune.errors import PackingError
+from hbp_tune.planning.comparison.assignments import MixedDegrees, assign_epoch, dynamic_cp, flexsp, least_mixed_s
+from hbp_tune.planning.comparison.simulation import PackWork, simulate
+from hbp_tune.planning.costs.cost import CostModel
+from hbp_tune.planning.costs.hardware import H100
+from hbp_tune.planning.packing.planner import BalancePlanner
+from hbp_tune.planning.plans.records import PackingGroup
 from tests.planning.helpers import chat_lengths
 
 COST = CostModel()

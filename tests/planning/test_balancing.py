@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hbp_tune.components.planning.balancing import attention_work, deal_micro_steps, spread_tail, work_by
-from hbp_tune.components.planning.lpt import lpt
-from hbp_tune.components.planning.packing import first_fit
-from hbp_tune.components.planning.packs import Packs
+from hbp_tune.planning.packing.balancing import attention_work, deal_micro_steps, spread_tail, work_by
+from hbp_tune.planning.packing.first_fit import first_fit
+from hbp_tune.planning.packing.lpt import lpt
+from hbp_tune.planning.plans.packs import Packs
 from tests.planning.helpers import array, chat_lengths, cost_doubling_at, packs_of, rows_of
 
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hbp_tune.components.planning import baselines, packing
-from hbp_tune.components.planning.baselines import BASELINES, ISF
-from hbp_tune.components.planning.errors import ConfigError
-from hbp_tune.components.planning.hashing import hashed_order
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning.comparison import baselines
+from hbp_tune.planning.comparison.baselines import BASELINES, ISF
+from hbp_tune.planning.packing import first_fit as packing
+from hbp_tune.planning.plans.hashing import hashed_order
 
 Draw = Callable[[int], NDArray[np.int32]]
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hbp_tune.components.planning.baselines import BASELINES
-from hbp_tune.components.planning.comparison import BASELINE_NAMES, one_length_group, plan_baseline, plan_comparison
-from hbp_tune.components.planning.cost import CostModel
-from hbp_tune.components.planning.errors import ConfigError, PackingError
-from hbp_tune.components.planning.metrics import measure
-from hbp_tune.components.planning.planner import BalancePlanner
-from hbp_tune.components.planning.records import PackingGroup
+from hbp_tune.errors import ConfigError, PackingError
+from hbp_tune.planning.comparison.baselines import BASELINES
+from hbp_tune.planning.comparison.methods import BASELINE_NAMES, one_length_group, plan_baseline, plan_comparison
+from hbp_tune.planning.comparison.metrics import measure
+from hbp_tune.planning.costs.cost import CostModel
+from hbp_tune.planning.packing.planner import BalancePlanner
+from hbp_tune.planning.plans.records import PackingGroup
 from tests.planning.helpers import array, assert_lawful, chat_lengths, cost_doubling_at, rows_of
 
 Draw = Callable[[int], NDArray[np.int32]]

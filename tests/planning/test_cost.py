@@ -3,10 +3,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.cost import LLAMA3_1_8B, CostModel, ModelShape
-from hbp_tune.components.planning.errors import ConfigError
-from hbp_tune.components.planning.exchange import AttentionHeads
-from hbp_tune.components.planning.hardware import Rates
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning.costs.cost import LLAMA3_1_8B, CostModel, ModelShape
+from hbp_tune.planning.costs.exchange import AttentionHeads
+from hbp_tune.planning.costs.hardware import Rates
 
 RATES = Rates(
     machine="made up",

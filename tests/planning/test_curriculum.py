@@ -3,9 +3,9 @@ import warnings
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.curriculum import Curriculum, Interleave, LinearRamp, StepLimit, StepProfile
-from hbp_tune.components.planning.errors import ConfigError
-from hbp_tune.components.planning.stages import ShortFirst, Staged
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning.packing.curriculum import Curriculum, Interleave, LinearRamp, StepLimit, StepProfile
+from hbp_tune.planning.packing.stages import ShortFirst, Staged
 
 PACK_LENS = np.array([64, 128, 256])
 

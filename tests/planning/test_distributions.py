@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.distributions import synthetic_lengths
-from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning.comparison.distributions import synthetic_lengths
 
 SIZES = {
     "tulu3": [939_343],

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.draw import draw_samples
-from hbp_tune.components.planning.errors import ConfigError
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning.plans.draw import draw_samples
 
 SOURCES = np.repeat(np.arange(3, dtype=np.int16), [10, 4, 100])
 

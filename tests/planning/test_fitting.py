@@ -3,18 +3,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.cost import LLAMA3_1_8B, CostModel
-from hbp_tune.components.planning.errors import ConfigError
-from hbp_tune.components.planning.fitting import (
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning.costs.cost import LLAMA3_1_8B, CostModel
+from hbp_tune.planning.costs.fitting import (
     MemoryLine,
     fit_memory,
     fit_rates,
     non_negative_least_squares,
     predict_s,
 )
-from hbp_tune.components.planning.hardware import H100, Rates
-from hbp_tune.components.planning.measurements import Measurement
-from hbp_tune.components.planning.records import PackingGroup
+from hbp_tune.planning.costs.hardware import H100, Rates
+from hbp_tune.planning.costs.measurements import Measurement
+from hbp_tune.planning.plans.records import PackingGroup
 
 TRUE = Rates(
     machine="made up",

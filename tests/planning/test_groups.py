@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.errors import ConfigError, PackingError
-from hbp_tune.components.planning.groups import check_lengths, check_overlong_policy, describe_overlong, group_of_lengths
-from hbp_tune.components.planning.records import PackingGroup
+from hbp_tune.errors import ConfigError, PackingError
+from hbp_tune.planning.packing.groups import check_lengths, check_overlong_policy, describe_overlong, group_of_lengths
+from hbp_tune.planning.plans.records import PackingGroup
 
 GROUPS = tuple(PackingGroup(name=name, pack_len=n) for name, n in (("a", 8), ("b", 16), ("c", 64)))
 

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from hbp_tune.components.planning.errors import ConfigError
-from hbp_tune.components.planning.hardware import GPUS, H100, gpu_of, rates_of
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning.costs.hardware import GPUS, H100, gpu_of, rates_of
 
 
 def test_gpus_by_device_name() -> None:

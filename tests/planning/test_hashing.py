@@ -1,6 +1,6 @@
 import numpy as np
 
-from hbp_tune.components.planning.hashing import _splitmix64, hashed_order
+from hbp_tune.planning.plans.hashing import _splitmix64, hashed_order
 
 
 def test_orders_are_permutations_and_depend_on_every_argument() -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hbp_tune.components.planning.cost import CostModel
-from hbp_tune.components.planning.groups import group_of_lengths
-from hbp_tune.components.planning.leveling import (
+from hbp_tune.planning.costs.cost import CostModel
+from hbp_tune.planning.packing.groups import group_of_lengths
+from hbp_tune.planning.packing.leveling import (
     cost_limit,
     fill_level,
     group_by_cost,
@@ -16,8 +16,8 @@ from hbp_tune.components.planning.leveling import (
     level_windows,
     longest_within,
 )
-from hbp_tune.components.planning.packs import Packs
-from hbp_tune.components.planning.records import PackingGroup
+from hbp_tune.planning.plans.packs import Packs
+from hbp_tune.planning.plans.records import PackingGroup
 from tests.planning.helpers import array, chat_lengths, cost_doubling_at, packs_of, rows_of
 
 Lengths = NDArray[np.int32]

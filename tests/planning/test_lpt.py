@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hbp_tune.components.planning.lpt import lpt
+from hbp_tune.planning.packing.lpt import lpt
 
 
 def place(lengths: list[int] | NDArray[np.int64], num_packs: int, pack_len: int, double_len: int = 0) -> list[int]:

@@ -1,8 +1,8 @@
 import pytest
 
-from hbp_tune.components.planning.errors import ConfigError
-from hbp_tune.components.planning.measurements import Measurement
-from hbp_tune.components.planning.records import PackingGroup
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning.costs.measurements import Measurement
+from hbp_tune.planning.plans.records import PackingGroup
 
 GROUP = PackingGroup(name="long", pack_len=64, cp_degree=2)
 

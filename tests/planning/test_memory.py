@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from hbp_tune.components.planning.errors import ConfigError
-from hbp_tune.components.planning.memory import (
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning.costs.memory import (
     BF16_ADAMW_8BIT,
     FP32_ADAMW,
     GIB,
@@ -13,8 +13,8 @@ from hbp_tune.components.planning.memory import (
     MemoryModel,
     layer_activations,
 )
-from hbp_tune.components.planning.records import PackingGroup
-from hbp_tune.components.planning.sharding import CpDegrees
+from hbp_tune.planning.plans.records import PackingGroup
+from hbp_tune.planning.plans.sharding import CpDegrees
 
 TINY = DecoderShape(
     num_layers=4, embed_dim=8, num_heads=4, num_kv_heads=2, head_dim=2, intermediate_dim=16, vocab_size=32, tied=False

@@ -5,9 +5,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hbp_tune.components.planning.cost import LLAMA3_1_8B, CostModel
-from hbp_tune.components.planning.hardware import H100
-from hbp_tune.components.planning.metrics import (
+from hbp_tune.planning.comparison.metrics import (
     StepMetrics,
     diversity_by_group,
     measure,
@@ -15,9 +13,11 @@ from hbp_tune.components.planning.metrics import (
     micro_step_s,
     padded_lens,
 )
-from hbp_tune.components.planning.planner import BalancePlanner
-from hbp_tune.components.planning.records import EpochPlan, PackingGroup
-from hbp_tune.components.planning.sharding import padded_len
+from hbp_tune.planning.costs.cost import LLAMA3_1_8B, CostModel
+from hbp_tune.planning.costs.hardware import H100
+from hbp_tune.planning.packing.planner import BalancePlanner
+from hbp_tune.planning.plans.records import EpochPlan, PackingGroup
+from hbp_tune.planning.plans.sharding import padded_len
 from tests.planning.helpers import array, chat_lengths, cost_doubling_at
 
 Lengths = NDArray[np.int32]

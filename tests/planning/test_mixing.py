@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.assignments import least_mixed_s
-from hbp_tune.components.planning.cost import CostModel
-from hbp_tune.components.planning.errors import ConfigError, PackingError
-from hbp_tune.components.planning.mixing import assign_mixed
-from hbp_tune.components.planning.planner import BalancePlanner
-from hbp_tune.components.planning.records import PackingGroup
-from hbp_tune.components.planning.simulation import PackWork, simulate
+from hbp_tune.errors import ConfigError, PackingError
+from hbp_tune.planning.comparison.assignments import least_mixed_s
+from hbp_tune.planning.comparison.mixing import assign_mixed
+from hbp_tune.planning.comparison.simulation import PackWork, simulate
+from hbp_tune.planning.costs.cost import CostModel
+from hbp_tune.planning.packing.planner import BalancePlanner
+from hbp_tune.planning.plans.records import PackingGroup
 from tests.planning.helpers import chat_lengths
 
 COST = CostModel()

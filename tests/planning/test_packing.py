@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.hashing import hashed_order
-from hbp_tune.components.planning.packing import FirstFit, first_fit, greedy_fill
+from hbp_tune.planning.packing.first_fit import FirstFit, first_fit, greedy_fill
+from hbp_tune.planning.plans.hashing import hashed_order
 from tests.planning.helpers import chat_lengths
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.packs import Packs, sum_rows
+from hbp_tune.planning.plans.packs import Packs, sum_rows
 from tests.planning.helpers import array, packs_of, rows_of
 
 

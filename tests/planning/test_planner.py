@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hbp_tune.components.planning.baselines import ISF, NextFit, NoPacking
-from hbp_tune.components.planning.cost import CostModel
-from hbp_tune.components.planning.curriculum import Curriculum, Interleave, StepProfile
-from hbp_tune.components.planning.errors import ConfigError, PackingError
-from hbp_tune.components.planning.hashing import hashed_order
-from hbp_tune.components.planning.metrics import measure
-from hbp_tune.components.planning.planner import BalancePlanner, targets_per_step
-from hbp_tune.components.planning.records import EpochPlan, PackingGroup
-from hbp_tune.components.planning.stages import ShortFirst
+from hbp_tune.errors import ConfigError, PackingError
+from hbp_tune.planning.comparison.baselines import ISF, NextFit, NoPacking
+from hbp_tune.planning.comparison.metrics import measure
+from hbp_tune.planning.costs.cost import CostModel
+from hbp_tune.planning.packing.curriculum import Curriculum, Interleave, StepProfile
+from hbp_tune.planning.packing.planner import BalancePlanner, targets_per_step
+from hbp_tune.planning.packing.stages import ShortFirst
+from hbp_tune.planning.plans.hashing import hashed_order
+from hbp_tune.planning.plans.records import EpochPlan, PackingGroup
 from tests.planning.helpers import array, assert_lawful, chat_lengths, cost_doubling_at, rows_of
 
 Groups = tuple[PackingGroup, ...]

@@ -4,8 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.errors import ConfigError
-from hbp_tune.components.planning.records import EpochPlan, PackingGroup, check_groups, check_saved_plan
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning.plans.records import EpochPlan, PackingGroup, check_groups, check_saved_plan
 
 
 def test_a_group_is_valid_once_it_exists() -> None:

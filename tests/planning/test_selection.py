@@ -5,15 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning import selection
-from hbp_tune.components.planning.cost import CostModel
-from hbp_tune.components.planning.distributions import synthetic_lengths
-from hbp_tune.components.planning.errors import ConfigError
-from hbp_tune.components.planning.memory import LLAMA3_1_8B_DECODER, MemoryModel
-from hbp_tune.components.planning.metrics import micro_step_s
-from hbp_tune.components.planning.planner import BalancePlanner
-from hbp_tune.components.planning.records import PackingGroup
-from hbp_tune.components.planning.selection import GroupSelector, candidate_groups, check_candidates, length_name, paper_rule
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning.comparison import selection
+from hbp_tune.planning.comparison.distributions import synthetic_lengths
+from hbp_tune.planning.comparison.metrics import micro_step_s
+from hbp_tune.planning.comparison.selection import GroupSelector, candidate_groups, check_candidates, length_name, paper_rule
+from hbp_tune.planning.costs.cost import CostModel
+from hbp_tune.planning.costs.memory import LLAMA3_1_8B_DECODER, MemoryModel
+from hbp_tune.planning.packing.planner import BalancePlanner
+from hbp_tune.planning.plans.records import PackingGroup
 
 COST = CostModel()
 

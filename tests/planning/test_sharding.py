@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.sharding import CpDegrees, PackPart, local_rows, padded_len, share_out
+from hbp_tune.planning.plans.sharding import CpDegrees, PackPart, local_rows, padded_len, share_out
 
 
 @pytest.mark.parametrize("seed", range(20))

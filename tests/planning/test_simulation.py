@@ -3,12 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.comparison import BASELINE_NAMES, plan_baseline
-from hbp_tune.components.planning.cost import CostModel, ModelShape
-from hbp_tune.components.planning.hardware import H100, Rates
-from hbp_tune.components.planning.planner import BalancePlanner
-from hbp_tune.components.planning.records import EpochPlan, PackingGroup
-from hbp_tune.components.planning.simulation import SHARES, PackWork, ideal_s, simulate
+from hbp_tune.planning.comparison.methods import BASELINE_NAMES, plan_baseline
+from hbp_tune.planning.comparison.simulation import SHARES, PackWork, ideal_s, simulate
+from hbp_tune.planning.costs.cost import CostModel, ModelShape
+from hbp_tune.planning.costs.hardware import H100, Rates
+from hbp_tune.planning.packing.planner import BalancePlanner
+from hbp_tune.planning.plans.records import EpochPlan, PackingGroup
 from tests.planning.helpers import chat_lengths
 
 GROUPS = (PackingGroup(name="short", pack_len=4096, ac_layers=3), PackingGroup(name="long", pack_len=16_384, cp_degree=4))

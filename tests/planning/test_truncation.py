@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.errors import PackingError
-from hbp_tune.components.planning.planner import BalancePlanner
-from hbp_tune.components.planning.records import PackingGroup
-from hbp_tune.components.planning.truncation import CUTS, cut_of, kept_tokens
+from hbp_tune.errors import PackingError
+from hbp_tune.planning.packing.planner import BalancePlanner
+from hbp_tune.planning.plans.records import PackingGroup
+from hbp_tune.planning.plans.truncation import CUTS, cut_of, kept_tokens
 
 KEPT = 16
 

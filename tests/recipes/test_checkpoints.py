@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torchtune import config, training
 
-from hbp_tune.components import build as build_component
-from hbp_tune.components import qwen3
+from hbp_tune.config import build as build_component
 from hbp_tune.demo.model import TinyLlama, build
+from hbp_tune.models import qwen3
 from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed, log
 from tests.helpers import SHAPE, mixed_lengths, plan_of, recipe_config
 from tests.models.tiny_qwen3 import HEAD_DIM, SMALL, write_checkpoint

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from hbp_tune.components.config.packaged import packaged_configs
-from hbp_tune.components.planning.errors import ConfigError, DataError, HbpError, PackingError
-from hbp_tune.components.reporting.plan_files import read_plan
-from hbp_tune.components.reporting.report import PlanReport
+from hbp_tune.config.packaged import packaged_configs
+from hbp_tune.errors import ConfigError, DataError, HbpError, PackingError
 from hbp_tune.recipes import hbp_plan
 from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed
 from hbp_tune.recipes.hbp_plan import HBPPlanRecipe
+from hbp_tune.reporting.files.plan_files import read_plan
+from hbp_tune.reporting.report import PlanReport
 from tests.helpers import mixed_lengths, recipe_config
 from tests.ranks import RankError, RankPool
 

@@ -12,11 +12,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hbp_tune.components.config.group_files import groups_of
-from hbp_tune.components.data.batch import PackBatch
-from hbp_tune.components.parallel.parallelize import GroupSwitch, PackContext
-from hbp_tune.components.training.profiling import GroupMeter
+from hbp_tune.config.group_files import groups_of
+from hbp_tune.data.batches.batch import PackBatch
+from hbp_tune.parallel.parallelize import GroupSwitch, PackContext
 from hbp_tune.recipes.hbp_profile_groups import HBPProfileGroupsRecipe, typical_docs
+from hbp_tune.training.profiling import GroupMeter
 from tests.helpers import mixed_lengths, recipe_config
 from tests.ranks import RankError, RankPool
 

@@ -16,8 +16,9 @@ from torch._inductor import config as inductor_config
 from torch.distributed.tensor import DTensor
 
 import hbp_tune
-from hbp_tune.components import ConfigError, check_config
+from hbp_tune.config import check_config
 from hbp_tune.demo.model import TinyLlama
+from hbp_tune.errors import ConfigError
 from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed
 from tests.helpers import mixed_lengths, recipe_config
 from tests.ranks import RankPool

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from hbp_tune.components import CostModel, StepMetrics, measure_steps
+from hbp_tune.planning import CostModel, StepMetrics, measure_steps
 from tests.helpers import mixed_lengths, plan_of, recipe_config, run_recipe_job
 from tests.ranks import RankPool
 

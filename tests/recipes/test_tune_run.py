@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import hbp_tune.recipes.hbp_full_finetune_distributed as recipe
-from hbp_tune.components.config.packaged import packaged_configs
+from hbp_tune.config.packaged import packaged_configs
 from hbp_tune.demo import prepare_demo
 from tests.launching import losses, run, tune
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hbp_tune.components.planning.cost import CostModel
-from hbp_tune.components.planning.metrics import measure
-from hbp_tune.components.planning.records import EpochPlan, PackingGroup
-from hbp_tune.components.reporting.report import PlanReport
+from hbp_tune.planning.comparison.metrics import measure
+from hbp_tune.planning.costs.cost import CostModel
+from hbp_tune.planning.plans.records import EpochPlan, PackingGroup
+from hbp_tune.reporting.report import PlanReport
 
 GROUPS = (
     PackingGroup(name="short", pack_len=64),

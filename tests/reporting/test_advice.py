@@ -2,12 +2,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from hbp_tune.components.planning.cost import CostModel, ModelShape
-from hbp_tune.components.planning.metrics import PlanMetrics, measure
-from hbp_tune.components.planning.records import EpochPlan, PackingGroup
-from hbp_tune.components.planning.simulation import PackWork, simulate
-from hbp_tune.components.reporting.advice import expected_time, headline, plan_warnings
-from hbp_tune.components.reporting.charts import write_share
+from hbp_tune.planning.comparison.metrics import PlanMetrics, measure
+from hbp_tune.planning.comparison.simulation import PackWork, simulate
+from hbp_tune.planning.costs.cost import CostModel, ModelShape
+from hbp_tune.planning.plans.records import EpochPlan, PackingGroup
+from hbp_tune.reporting.formats import write_share
+from hbp_tune.reporting.terminal.advice import expected_time, headline, plan_warnings
 
 SHORT = PackingGroup(name="short", pack_len=4096)
 LONG = PackingGroup(name="long", pack_len=32768, cp_degree=4, ac_layers=8)

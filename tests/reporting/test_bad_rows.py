@@ -1,6 +1,6 @@
 import pytest
 
-from hbp_tune.components.reporting.bad_rows import kind_of_reason
+from hbp_tune.reporting.terminal.bad_rows import kind_of_reason
 
 
 @pytest.mark.parametrize(

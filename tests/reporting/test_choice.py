@@ -3,9 +3,9 @@ import io
 import pytest
 from rich.console import Console
 
-from hbp_tune.components.planning.records import PackingGroup
-from hbp_tune.components.planning.selection import GroupChoice
-from hbp_tune.components.reporting.choice import print_choice
+from hbp_tune.planning.comparison.selection import GroupChoice
+from hbp_tune.planning.plans.records import PackingGroup
+from hbp_tune.reporting.terminal.choice import print_choice
 
 SHORT, LONG = PackingGroup(name="8K", pack_len=8192), PackingGroup(name="128K", pack_len=131_072, cp_degree=8, ac_layers=13)
 

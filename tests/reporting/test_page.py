@@ -10,11 +10,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.metrics import micro_step_s
-from hbp_tune.components.planning.records import EpochPlan, PackingGroup
-from hbp_tune.components.reporting.charts import Axis, linear_axis, time_unit, write_count, write_share, write_tokens
-from hbp_tune.components.reporting.page import render_page
-from hbp_tune.components.reporting.report import PlanReport
+from hbp_tune.planning.comparison.metrics import micro_step_s
+from hbp_tune.planning.plans.records import EpochPlan, PackingGroup
+from hbp_tune.reporting.formats import time_unit, write_count, write_share, write_tokens
+from hbp_tune.reporting.pages.charts import Axis, linear_axis
+from hbp_tune.reporting.pages.page import render_page
+from hbp_tune.reporting.report import PlanReport
 from tests.reporting.conftest import GROUPS, assemble
 
 
@@ -264,5 +265,5 @@ def test_numbers_for_people() -> None:
 
 
 def test_a_page_needs_no_plotting_library() -> None:
-    check = "import sys, hbp_tune.components.reporting.page; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
+    check = "import sys, hbp_tune.reporting.pages.page; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hbp_tune.components.planning.errors import DataError
-from hbp_tune.components.planning.records import EpochPlan
-from hbp_tune.components.planning.truncation import CUTS
-from hbp_tune.components.reporting import plan_files
-from hbp_tune.components.reporting.plan_files import plan_summary, read_plan, write_plan, write_summary
-from hbp_tune.components.reporting.report import PlanReport
+from hbp_tune.errors import DataError
+from hbp_tune.planning.plans.records import EpochPlan
+from hbp_tune.planning.plans.truncation import CUTS
+from hbp_tune.reporting.files import plan_files
+from hbp_tune.reporting.files.plan_files import plan_summary, read_plan, write_plan, write_summary
+from hbp_tune.reporting.report import PlanReport
 
 ARRAYS = [field.name for field in dataclasses.fields(EpochPlan) if field.name not in {"groups", "world_size", "cut"}]
 COLUMNS = ["epoch", "step", "micro_step", "group", "pack_len", "cp_degree", "first_rank", "pack", "slot", "sample", "length"]

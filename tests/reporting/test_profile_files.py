@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from hbp_tune.components.planning.errors import ConfigError
-from hbp_tune.components.planning.measurements import Measurement
-from hbp_tune.components.planning.records import PackingGroup
-from hbp_tune.components.reporting.profile_files import Profile, check_same, read_profile, write_profile
+from hbp_tune.errors import ConfigError
+from hbp_tune.planning.costs.measurements import Measurement
+from hbp_tune.planning.plans.records import PackingGroup
+from hbp_tune.reporting.files.profile_files import Profile, check_same, read_profile, write_profile
 
 GROUP = PackingGroup(name="1K", pack_len=1024, cp_degree=2, ac_layers=3)
 RUN = Measurement(group=GROUP, world_size=4, doc_lens=(512, 512), micro_step_s=0.25, peak_gib=1.5)

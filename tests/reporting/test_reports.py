@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hbp_tune.components.planning.comparison import plan_comparison
-from hbp_tune.components.planning.cost import CostModel
-from hbp_tune.components.planning.planner import BalancePlanner
-from hbp_tune.components.planning.records import PackingGroup
-from hbp_tune.components.reporting.overlong import report_overlong
-from hbp_tune.components.reporting.places import RowPlace
-from hbp_tune.components.reporting.tables import print_plan
+from hbp_tune.planning.comparison.methods import plan_comparison
+from hbp_tune.planning.costs.cost import CostModel
+from hbp_tune.planning.packing.planner import BalancePlanner
+from hbp_tune.planning.plans.records import PackingGroup
+from hbp_tune.reporting.places import RowPlace
+from hbp_tune.reporting.terminal.overlong import report_overlong
+from hbp_tune.reporting.terminal.tables import print_plan
 
 GROUPS = (PackingGroup(name="short", pack_len=64), PackingGroup(name="long", pack_len=256, cp_degree=2, ac_layers=3))
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from hbp_tune.cli.__main__ import main
-from hbp_tune.components.planning.errors import ConfigError
-from hbp_tune.components.reporting.run_log import read_run_log
-from hbp_tune.components.reporting.run_page import render_run_page
+from hbp_tune.errors import ConfigError
+from hbp_tune.reporting.files.run_log import read_run_log
+from hbp_tune.reporting.pages.run_page import render_run_page
 from tests.reporting.test_page import Structure
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hbp_tune.components import PackingGroup, RunTable
-from hbp_tune.components.reporting import run_table
-from hbp_tune.components.reporting.run_table import progress_line
+from hbp_tune.planning import PackingGroup
+from hbp_tune.reporting import RunTable
+from hbp_tune.reporting.terminal import run_table
+from hbp_tune.reporting.terminal.run_table import progress_line
 
 GROUPS = (PackingGroup(name="short", pack_len=1024), PackingGroup(name="long", pack_len=131072, cp_degree=8, ac_layers=29))
 GROUP_OF_STEP = np.array([0, 1, 0, 0])
@@ -130,8 +131,9 @@ def test_a_step_in_words() -> None:
 
 ASCII_RUN = """
 import numpy as np
-from hbp_tune.components import PackingGroup, RunTable
-from hbp_tune.components.config.failures import print_anywhere
+from hbp_tune.config.failures import print_anywhere
+from hbp_tune.planning import PackingGroup
+from hbp_tune.reporting import RunTable
 
 print_anywhere()
 groups = (PackingGroup(name="k\\xfcrz\\u2026", pack_len=64),)

@@ -3,9 +3,9 @@ import io
 import pytest
 from rich.console import Console
 
-from hbp_tune.components.planning.comparison import BASELINE_NAMES
-from hbp_tune.components.planning.metrics import PlanMetrics
-from hbp_tune.components.reporting.tables import print_metrics
+from hbp_tune.planning.comparison.methods import BASELINE_NAMES
+from hbp_tune.planning.comparison.metrics import PlanMetrics
+from hbp_tune.reporting.terminal.tables import print_metrics
 
 
 def metrics(epoch_s: float) -> PlanMetrics:

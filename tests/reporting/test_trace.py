@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hbp_tune.components.planning.cost import CostModel
-from hbp_tune.components.planning.planner import BalancePlanner
-from hbp_tune.components.planning.records import PackingGroup
-from hbp_tune.components.planning.simulation import PackWork, simulate
-from hbp_tune.components.reporting.trace import write_trace
+from hbp_tune.planning.comparison.simulation import PackWork, simulate
+from hbp_tune.planning.costs.cost import CostModel
+from hbp_tune.planning.packing.planner import BalancePlanner
+from hbp_tune.planning.plans.records import PackingGroup
+from hbp_tune.reporting.files.trace import write_trace
 
 
 def test_blocks_of_a_rank_follow_each_other_and_fill_the_first_steps(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hbp_tune.components import BalancePlanner, EpochPlan, PackingGroup, RowPlace
-from hbp_tune.components.planning.errors import NonFiniteError
-from hbp_tune.components.training.disk import disk_problem, num_bytes
-from hbp_tune.components.training.faults import StepGuard, next_memory_setting
+from hbp_tune.errors import NonFiniteError
+from hbp_tune.planning import BalancePlanner, EpochPlan, PackingGroup
+from hbp_tune.reporting import RowPlace
+from hbp_tune.training.disk import disk_problem, num_bytes
+from hbp_tune.training.faults import StepGuard, next_memory_setting
 from tests.ranks import RankPool
 
 ADVICE = [

@@ -6,16 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hbp_tune.components import (
-    AveTokenLoss,
-    BalancePlanner,
-    EpochPlan,
-    LongAlignLoss,
-    PackingGroup,
-    SampleMeanLoss,
-    SumLoss,
-    TokenMeanLoss,
-)
+from hbp_tune.planning import BalancePlanner, EpochPlan, PackingGroup
+from hbp_tune.training import AveTokenLoss, LongAlignLoss, SampleMeanLoss, SumLoss, TokenMeanLoss
 
 GROUPS = (PackingGroup(name="short", pack_len=64), PackingGroup(name="long", pack_len=256, cp_degree=2))
 LOSSES = (AveTokenLoss, TokenMeanLoss, SampleMeanLoss, SumLoss, LongAlignLoss)

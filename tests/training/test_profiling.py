@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from hbp_tune.components.planning.fitting import MemoryLine
-from hbp_tune.components.planning.measurements import Measurement
-from hbp_tune.components.planning.records import PackingGroup
-from hbp_tune.components.training.profiling import fit_group
+from hbp_tune.planning.costs.fitting import MemoryLine
+from hbp_tune.planning.costs.measurements import Measurement
+from hbp_tune.planning.plans.records import PackingGroup
+from hbp_tune.training.profiling import fit_group
 
 GROUP = PackingGroup(name="1K", pack_len=1024)
 

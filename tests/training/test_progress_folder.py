@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from hbp_tune.components.training.progress_folder import RECORD, ProgressFolder, set_aside
+from hbp_tune.training.progress_folder import RECORD, ProgressFolder, set_aside
 
 
 def save(folder: ProgressFolder, step: int) -> Path:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from hbp_tune.components.training import signals
-from hbp_tune.components.training.signals import StopSignals
+from hbp_tune.training import signals
+from hbp_tune.training.signals import StopSignals
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_handlers_are_restored() -> None:
 def test_a_later_second_signal_ends_the_process_at_once() -> None:
     code = (
         "import time\n"
-        "from hbp_tune.components.training.signals import StopSignals\n"
+        "from hbp_tune.training.signals import StopSignals\n"
         "stop = StopSignals()\n"
         "print('ready', flush=True)\n"
         "while True: time.sleep(0.01)\n"

@@ -7,19 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hbp_tune.components import (
-    ModelShape,
-    PackingGroup,
-    StepMetrics,
-    StepTelemetry,
-    busy_clock,
-    compile_layers,
-    make_checkpointable,
-    peak_flops_per_s,
-)
-from hbp_tune.components.parallel.activation_checkpoint import set_ac_layers
-from hbp_tune.components.training.busy import CpuTimeClock
-from hbp_tune.components.training.time_left import TimeLeft
+from hbp_tune.parallel import compile_layers, make_checkpointable
+from hbp_tune.parallel.activation_checkpoint import set_ac_layers
+from hbp_tune.planning import ModelShape, PackingGroup, StepMetrics
+from hbp_tune.training import StepTelemetry, busy_clock, peak_flops_per_s
+from hbp_tune.training.busy import CpuTimeClock
+from hbp_tune.training.time_left import TimeLeft
 from tests.ranks import RankPool
 
 GROUPS = (PackingGroup(name="short", pack_len=64), PackingGroup(name="long", pack_len=256, cp_degree=2))

@@ -4,17 +4,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbp_tune.components import (
-    BalancePlanner,
-    CostModel,
-    EpochPlan,
-    PackingGroup,
-    TokenStore,
-    open_token_store,
-    plan_validation,
-)
-from hbp_tune.components.planning.errors import DataError, PackingError
-from hbp_tune.components.training.validation import bucket_bounds, describe_validation
+from hbp_tune.data import TokenStore, open_token_store
+from hbp_tune.errors import DataError, PackingError
+from hbp_tune.planning import BalancePlanner, CostModel, EpochPlan, PackingGroup
+from hbp_tune.training import plan_validation
+from hbp_tune.training.validation import bucket_bounds, describe_validation
 from tests.helpers import RandomTokens
 
 GROUPS = (PackingGroup(name="short", pack_len=64), PackingGroup(name="long", pack_len=256, cp_degree=2))

@@ -1,1 +1,0 @@
-"""Models: the adapter that hooks `parallel` into torchtune's decoders."""

@@ -1,1 +1,0 @@
-"""Parallel: tensors to a sharded forward and backward; knows meshes and modules, neither data sets nor torchtune."""

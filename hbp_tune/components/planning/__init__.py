@@ -1,1 +1,0 @@
-"""Planning: token lengths to groups, packs and optimizer steps, in integers; knows neither tensors nor files."""

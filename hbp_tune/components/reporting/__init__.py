@@ -1,1 +1,0 @@
-"""Reporting: what people see of the data, the plan and the run."""

@@ -1,1 +1,0 @@
-"""Training: loss weights, telemetry, and what is saved and resumed."""

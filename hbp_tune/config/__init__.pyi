@@ -1,0 +1,12 @@
+from hbp_tune.config.building import build as build
+from hbp_tune.config.building import build_setting as build_setting
+from hbp_tune.config.building import setting as setting
+from hbp_tune.config.folders import output_folder as output_folder
+from hbp_tune.config.group_files import groups_of as groups_of
+from hbp_tune.config.group_files import write_groups as write_groups
+from hbp_tune.config.memory_settings import memory_model as memory_model
+from hbp_tune.config.packaged import run_recipe as run_recipe
+from hbp_tune.config.sources import data_settings as data_settings
+from hbp_tune.config.stock import check_config as check_config
+from hbp_tune.config.stock import is_stock_loss as is_stock_loss
+from hbp_tune.config.stock import missing_tokenizer_files as missing_tokenizer_files

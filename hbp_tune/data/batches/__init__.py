@@ -1,0 +1,1 @@
+"""Packs as CPU tensors, and the loader that gives each rank its own."""

@@ -1,0 +1,1 @@
+"""Files of chats to conversations: formats, faults, rows at random."""

@@ -1,0 +1,1 @@
+"""Conversations to tokens and targets, by the checkpoint's own tokenizer and chat template."""

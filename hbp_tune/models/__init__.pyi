@@ -1,0 +1,16 @@
+from hbp_tune.models.hf_config import HFConfig as HFConfig
+from hbp_tune.models.parallel_decoder import parallelize_decoder as parallelize_decoder
+from hbp_tune.models.qwen3_family import Qwen3Checkpointer as Qwen3Checkpointer
+from hbp_tune.models.qwen3_family import qwen3 as qwen3
+from hbp_tune.models.qwen3_family import qwen3_0_6b as qwen3_0_6b
+from hbp_tune.models.qwen3_family import qwen3_1_7b as qwen3_1_7b
+from hbp_tune.models.qwen3_family import qwen3_4b as qwen3_4b
+from hbp_tune.models.qwen3_family import qwen3_8b as qwen3_8b
+from hbp_tune.models.qwen3_family import qwen3_14b as qwen3_14b
+from hbp_tune.models.qwen3_family import qwen3_32b as qwen3_32b
+from hbp_tune.models.rope import with_yarn as with_yarn
+from hbp_tune.models.torchtune_decoder import DecoderParts as DecoderParts
+from hbp_tune.models.torchtune_decoder import adapt_decoder as adapt_decoder
+from hbp_tune.models.torchtune_decoder import decoder_shape as decoder_shape
+from hbp_tune.models.torchtune_decoder import model_shape as model_shape
+from hbp_tune.models.torchtune_decoder import separate_units as separate_units

@@ -1,0 +1,1 @@
+"""How groups and methods are chosen and compared: metrics, simulation, baselines, search."""

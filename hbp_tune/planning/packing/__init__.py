@@ -1,0 +1,1 @@
+"""How a plan is made: groups, packs, balanced micro-steps, curricula."""

@@ -1,0 +1,1 @@
+"""Files that programs read: plans, profiles, run logs, traces."""

@@ -1,0 +1,1 @@
+"""Pages that people read: charts as SVG, the plan's page and the run's."""

@@ -1,0 +1,1 @@
+"""What a terminal shows: tables, advice, bad rows, a run as it goes."""
