@@ -89,6 +89,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         if not self._resume_mode and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             self._resume_mode = "auto"  # torchrun starts this run again: what is saved is its own
 
+        self._epochs, self._max_steps = cfg.epochs, cfg.get("max_steps")  # that the curriculum counts by, also after resuming
         self._groups = hbp.config.groups_of(cfg)
         hbp.planning.check_groups(self._groups, self.world_size)
         hbp.parallel.check_offload(self._groups, self._device.type)
@@ -283,6 +284,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
                     epoch=epoch,
                     curriculum=self._curriculum,
                     first_step=first_step,
+                    epochs=self._epochs,
+                    max_steps=self._max_steps,
                     cost=self._cost,
                     sample_ids=sample_ids,
                 )
@@ -317,10 +320,10 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         utils.log_rank_zero(log, f"Loading weights took {time.perf_counter() - start:.1f} s")
 
     def _update_recipe_state(self, position: hbp.training.Position) -> None:
-        """Take up position and seed, which the plan depends on."""
+        """Take up position, seed and what else the plan depends on."""
         if position.seed != self.seed:
             utils.log_rank_zero(log, f"seed={position.seed} of the saved progress replaces seed={self.seed}")
-        self.seed = position.seed
+        self.seed, self._epochs, self._max_steps = position.seed, position.epochs, position.max_steps
         self.global_step, self.epoch, self.epoch_step = position.global_step, position.epoch, position.epoch_step
 
     def _resume(self, position: hbp.training.Position) -> None:
@@ -451,6 +454,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             seed=self.seed,
             plan_hash=self._plan_hashes[self.epoch],
             total_steps=sum(self._steps_per_epoch),
+            epochs=self._epochs,
+            max_steps=self._max_steps,
             skipped_steps=self._guard.skipped_steps,
         )
         self._progress.save(position, model=self._model, optimizer=self._optimizer, lr_scheduler=self._lr_scheduler)

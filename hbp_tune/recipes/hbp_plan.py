@@ -247,6 +247,8 @@ class HBPPlanRecipe:
             epoch=epoch,
             curriculum=self._curriculum,
             first_step=first_step,
+            epochs=self._epochs,
+            max_steps=self._max_steps,
             cost=self._cost,
             sample_ids=self._draw(epoch),
         )

@@ -58,6 +58,8 @@ class Position:
         seed: of the run.
         plan_hash: of that epoch's plan.
         total_steps: of the run, the LR schedule's length.
+        epochs: that the run began with, and
+        max_steps: likewise: a curriculum goes on by them, also where more are asked for later.
         skipped_steps: of these steps, those that were not applied: their loss or gradient was not finite.
     """
 
@@ -67,6 +69,8 @@ class Position:
     seed: int
     plan_hash: str
     total_steps: int
+    epochs: int
+    max_steps: int | None = None
     skipped_steps: int = 0
 
 

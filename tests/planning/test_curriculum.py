@@ -1,4 +1,5 @@
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,12 +36,18 @@ def test_orders_are_permutations_that_arguments_alone_decide(seed: int) -> None:
     step_groups -= step_groups[0]
     steps = profile(step_groups.tolist(), rng.integers(1, 65, len(step_groups)).tolist())
     num_steps, max_len = int(rng.integers(1, 40)), int(np.median(steps.longest))
+    num_short = min(num_steps, np.count_nonzero(steps.pack_lens == 64) - 1, np.count_nonzero(steps.longest <= max_len) - 1)
+    num_short = max(int(num_short), 0)
     curricula: list[Curriculum] = [
         Interleave(),
         Interleave("random"),
-        ShortFirst(num_steps),
-        ShortFirst(num_steps, max_pack_len=128, spacing="random"),
-        ShortFirst(num_steps, max_len=max_len),
+        ShortFirst(num_short),
+        ShortFirst(num_short, max_pack_len=128, spacing="random"),
+        ShortFirst(num_short, max_len=max_len),
+        ShortFirst(0.05),
+        ShortFirst(0.5, max_len=max_len),
+        Staged([{"steps": 0.1, "max_pack_len": 64}, {"steps": 0.2, "max_pack_len": 128}]),
+        LinearRamp(0.2),
         Staged([{"steps": num_steps, "max_pack_len": 64}, {"steps": 5, "max_pack_len": 128}]),
         Staged([{"steps": num_steps, "max_len": max_len}, {"steps": 30, "max_len": max_len + 5}], spacing="random"),
         LinearRamp(num_steps),
@@ -135,26 +142,58 @@ def trained_by(curriculum: Curriculum, step_groups: list[int], seed: int) -> lis
 
 def test_documents_decide_within_one_pack_length() -> None:
     steps = profile([2] * 6, longest=[200, 30, 256, 31, 90, 12])
-    assert ShortFirst(steps=3, max_len=31).order(steps, first_step=0, epoch=0, seed=0).tolist() == [1, 3, 5, 0, 2, 4]
+    assert ShortFirst(steps=3, max_len=90).order(steps, first_step=0, epoch=0, seed=0).tolist() == [1, 3, 4, 0, 2, 5]
     assert ShortFirst(steps=2, max_len=31).order(steps, first_step=0, epoch=0, seed=0).tolist() == [1, 3, 0, 2, 4, 5]
 
 
-def test_running_out_of_short_steps_warns_and_goes_on() -> None:
-    with pytest.warns(UserWarning, match=r"curriculum.steps=9 asks for 9 short steps in this epoch, which has 2; longer ones"):
-        assert order(ShortFirst(steps=9), [0, 0, 2, 2]) == [0, 1, 2, 3]
+@pytest.mark.parametrize(
+    ("steps", "step_groups", "first_step", "bound"), [(9, [0, 0, 2, 2], 0, 2), (2, [0, 0, 2, 2], 0, 2), (9, [0, 0, 2, 2], 7, 9)]
+)
+def test_an_epoch_is_never_sorted(steps: int, step_groups: list[int], first_step: int, bound: int) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=rf"curriculum.steps={steps} would train all 2 short steps of epoch 0 before its 2 others, and mix none; give a "
+        rf"share of the run, such as steps=0.05, or a number below {bound}",
+    ):
+        order(ShortFirst(steps=steps), step_groups, first_step)
 
 
-def test_no_warning_where_nothing_is_missing() -> None:
-    assert order(ShortFirst(steps=2), [0, 0, 2]) == [0, 1, 2]
-    assert order(ShortFirst(steps=9), [0, 0, 2], first_step=7) == [0, 1, 2]
-    assert order(ShortFirst(steps=9, max_pack_len=256), [0, 0, 2]) == [0, 2, 1], "no longer group follows"
+def test_nothing_is_refused_where_all_steps_are_short() -> None:
+    assert order(ShortFirst(steps=9, max_pack_len=256), [0, 0, 2]) == [0, 2, 1]
+
+
+def in_run(curriculum: Curriculum, run_steps: int, first_step: int = 0) -> int:
+    """Count the short steps that 30 short and 40 long ones begin with."""
+    steps = replace(profile([0] * 30 + [2] * 40), run_steps=run_steps)
+    got = curriculum.order(steps, first_step=first_step, epoch=0, seed=0)
+    return int(np.argmax(got >= 30))
+
+
+def test_a_share_of_the_run() -> None:
+    mixed_from = in_run(ShortFirst(0), 70)
+    for run_steps, first_step, num_short in ((70, 0, 7), (140, 0, 10), (140, 10, 4), (140, 70, 0), (7000, 0, 10), (20, 0, 2)):
+        # So many short ones, and then a mixture, which itself may begin with a short one.
+        assert num_short <= in_run(ShortFirst(0.1), run_steps, first_step) <= num_short + mixed_from + 1, run_steps
+    assert in_run(ShortFirst(0.1), 70) == in_run(ShortFirst(7), 1)
+    assert in_run(ShortFirst(0.1), 7000) == in_run(ShortFirst(10), 1), "at most a third of the epoch's short steps"
+
+
+def test_without_a_run_the_epoch_is_it() -> None:
+    step_groups = [0] * 30 + [2] * 40
+    assert order(ShortFirst(0.1), step_groups) == order(ShortFirst(7), step_groups)
+    assert order(LinearRamp(0.5), step_groups) == order(LinearRamp(35), step_groups)
+    by_share = Staged([{"steps": 0.1, "max_pack_len": 64}, {"steps": 0.2, "max_pack_len": 128}])
+    by_number = Staged([{"steps": 7, "max_pack_len": 64}, {"steps": 14, "max_pack_len": 128}])
+    assert order(by_share, step_groups) == order(by_number, step_groups)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"steps": -1}, r"curriculum.steps=-1 must be a whole number of at least 0"),
-        ({"steps": 1.5}, r"curriculum.steps=1.5 must be a whole number"),
+        ({"steps": 1.5}, r"curriculum.steps=1.5 must be a whole number of at least 0, or a share of the run between 0 and 1"),
+        ({"steps": 0.0}, r"curriculum.steps=0.0 must be a whole number of at least 0, or a share"),
+        ({"steps": True}, r"curriculum.steps=True must be a whole number"),
         ({"steps": 1, "max_len": 0}, r"curriculum.max_len=0 must be a whole number of at least 1"),
         ({"steps": 1, "max_pack_len": "16K"}, r"curriculum.max_pack_len='16K' must be a whole number"),
         ({"steps": 1, "max_pack_len": 64, "max_len": 32}, r"curriculum: max_pack_len=64 and max_len=32 both say .* give one"),

@@ -70,6 +70,18 @@ def test_resumed_run_equals_uninterrupted_run(
     assert numbers(resumed) == numbers(uninterrupted[last_saved:])
 
 
+def test_a_longer_run_goes_on_by_the_plan_that_it_began_with(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    """A curriculum that lasts a share of the run would order the epoch in progress otherwise, were it told of another length."""
+    curriculum = {"_component_": "hbp_tune.components.ShortFirst", "steps": 0.3}
+    whole = ranks(2).run(run_recipe_job, make_config(tmp_path / "whole", epochs=1, curriculum=curriculum, lr_scheduler=None))[0]
+    begun = make_config(tmp_path / "longer", epochs=1, curriculum=curriculum, lr_scheduler=None)
+    ranks(2).run(run_until_crash_job, begun, 4)
+    longer = OmegaConf.merge(begun, {"epochs": 2, "resume_from_checkpoint": True})
+    resumed = ranks(2).run(run_recipe_job, longer)[0]
+    assert numbers(resumed)[: len(whole) - 3] == numbers(whole)[3:]
+    assert len(resumed) > len(whole)
+
+
 def test_half_written_progress_is_never_the_newest(
     ranks: Callable[[int], RankPool], tmp_path: Path, uninterrupted: list[dict[str, Any]]
 ) -> None:

@@ -19,17 +19,23 @@ class StepProfile:
     Args:
         pack_lens: ``int64[num_steps]``, the pack length of each step's group, in tokens.
         longest: ``int32[num_steps]``, tokens of the longest document of each step.
+        run_steps: optimizer steps of the whole run, as far as one epoch tells; by default it is the run.
     """
 
     pack_lens: NDArray[np.int64]
     longest: NDArray[np.int32]
+    run_steps: int | None = None
 
     def __len__(self) -> int:
         return len(self.pack_lens)
 
     def take(self, chosen: NDArray[np.int64]) -> Self:
         """Give the steps at these positions, in this order."""
-        return type(self)(self.pack_lens[chosen], self.longest[chosen])
+        return type(self)(self.pack_lens[chosen], self.longest[chosen], self.run_steps)
+
+    def count(self, steps: float) -> int:
+        """Give a number of optimizer steps: as it is, or of a share of the run."""
+        return steps if isinstance(steps, int) else round(steps * (self.run_steps or len(self)))
 
 
 class Curriculum(Protocol):
@@ -133,7 +139,7 @@ class LinearRamp:
     their share of the epoch; where it would want more long steps than there is room for, only long ones are trained.
 
     Args:
-        steps: optimizer steps of the run after which the density is steady.
+        steps: optimizer steps of the run after which the density is steady, or their share of the run, such as 0.1.
         start: the density at the start of the run, over the steady one, 0 to 1.
         max_pack_len: steps of groups above this pack length are long; by default those of all groups but the shortest.
         max_len: in its place: steps with a document of more tokens are long.
@@ -142,8 +148,8 @@ class LinearRamp:
         ConfigError: an argument is out of range, or both limits are given.
     """
 
-    def __init__(self, steps: int, start: float = 0.0, max_pack_len: int | None = None, max_len: int | None = None) -> None:
-        check_whole("curriculum.steps", steps, least=1)
+    def __init__(self, steps: float, start: float = 0.0, max_pack_len: int | None = None, max_len: int | None = None) -> None:
+        check_steps("curriculum.steps", steps, least=1)
         if not 0 <= start <= 1:
             raise ConfigError(f"curriculum.start={start} must be 0 to 1: the first density of long steps over the steady one")
         self.steps = steps
@@ -153,10 +159,11 @@ class LinearRamp:
     def order(self, steps: StepProfile, *, first_step: int, epoch: int, seed: int) -> NDArray[np.int64]:
         """Give the order in which the epoch's steps are trained; see `Curriculum`. No short step is a `ConfigError`."""
         mixed = Interleave().order(steps, first_step=first_step, epoch=epoch, seed=seed)
-        if first_step >= self.steps:
+        until = steps.count(self.steps)
+        if first_step >= until:
             return mixed
         is_long = ~self._limit.is_short(steps)[mixed]
-        progress = np.minimum((np.arange(first_step, first_step + len(steps)) + 0.5) / self.steps, 1.0)
+        progress = np.minimum((np.arange(first_step, first_step + len(steps)) + 0.5) / until, 1.0)
         long_until = _cumulate(self.start + (1.0 - self.start) * progress, int(is_long.sum()))
         # The i-th of them comes where the density adds up to i + 0.5; the short ones take the places between.
         is_long_place = np.diff(np.floor(long_until + 0.5), prepend=0.0) > 0
@@ -184,6 +191,18 @@ def _cumulate(density: NDArray[np.float64], total: int) -> NDArray[np.float64]:
     cumulated[places - num_full :] = total - np.arange(num_full)[::-1]
     cumulated[-1] = total
     return cumulated
+
+
+def check_steps(key: str, value: object, *, least: int) -> None:
+    """Refuse anything but whole numbers from a bound on, and shares of the run.
+
+    Raises:
+        ConfigError: it is another.
+    """
+    if isinstance(value, float) and 0 < value < 1:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{key}={value!r} must be a whole number of at least {least}, or a share of the run between 0 and 1")
 
 
 def check_whole(key: str, value: object, *, least: int) -> None:

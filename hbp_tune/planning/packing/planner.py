@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +88,8 @@ class BalancePlanner:
         epoch: int = 0,
         curriculum: Curriculum | None = None,
         first_step: int = 0,
+        epochs: int = 1,
+        max_steps: int | None = None,
         cost: CostModel | None = None,
         sample_ids: NDArray[np.int32] | None = None,
     ) -> EpochPlan:
@@ -101,6 +104,8 @@ class BalancePlanner:
             epoch: gives other packs in each epoch.
             curriculum: orders the steps; by default the groups alternate in proportion (`Interleave`).
             first_step: optimizer steps of the run before this epoch.
+            epochs: of the run, and
+            max_steps: optimizer steps after which it ends: for curricula that last a share of the run.
             cost: of the model that is trained; Llama 3.1 8B by default.
             sample_ids: ``int32[num_drawn]``, the samples of this epoch, some perhaps more than once (`draw_samples`); by
                 default every sample once.
@@ -144,7 +149,9 @@ class BalancePlanner:
         steps = profile_steps(parts, lengths, groups)
         random_rank = np.argsort(hashed_order(len(steps), seed=seed, epoch=epoch, stream="steps"))
         shuffle = np.lexsort((random_rank, steps.pack_lens))
-        order = (curriculum or Interleave()).order(steps.take(shuffle), first_step=first_step, epoch=epoch, seed=seed)
+        run_steps = min(epochs * len(steps), max_steps or epochs * len(steps))
+        profile = replace(steps.take(shuffle), run_steps=run_steps)
+        order = (curriculum or Interleave()).order(profile, first_step=first_step, epoch=epoch, seed=seed)
         plan = assemble(
             parts,
             shuffle[order],
