@@ -90,7 +90,7 @@ def plan_hashes_job(cfg: DictConfig) -> list[str]:
 
 
 def test_training_finds_the_store_and_trains_by_the_plan(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
-    curriculum = {"_component_": "hbp_tune.components.ShortFirst", "steps": 2}
+    curriculum = {"_component_": "hbp_tune.components.ShortFirst", "steps": 0.1}
     cfg = config(tmp_path, world_size=2, epochs=5, max_steps=30, curriculum=curriculum)
     report = plan(cfg)
     stores = {path: path.stat().st_mtime_ns for path in (tmp_path / "stores").iterdir()}
@@ -188,12 +188,13 @@ def test_without_the_tokenizer_s_file_lengths_are_estimated(tmp_path: Path, caps
 
 
 def test_what_planning_warns_of_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    curriculum = {"_component_": "hbp_tune.components.ShortFirst", "steps": 500}
+    curriculum = {"_component_": "hbp_tune.components.Staged", "stages": [{"steps": 500, "max_pack_len": 128}]}
     cfg = with_lengths(tmp_path, [*LENGTHS, 2000], epochs=2, curriculum=curriculum)
     cfg.planner |= {"overlong": "drop"}
     report = plan(cfg)
     output = capsys.readouterr().out
-    assert sum("curriculum.steps=500" in line for line in report.warnings) == 2, "each epoch has its own number of steps"
+    told = sum("curriculum.stages[0].steps=500" in line for line in report.warnings)
+    assert told == 2, "each epoch has its own number of steps"
     assert len(set(report.warnings)) == len(report.warnings)
     assert report.warnings[0].startswith("1 of 159 samples are longer than pack_len=512 of the longest group 'long'")
     for line in report.warnings:
@@ -283,7 +284,7 @@ def test_files_are_whole_and_of_one_plan(tmp_path: Path, monkeypatch: pytest.Mon
     def full_disk(report: PlanReport) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hbp_plan, "render_page", full_disk)
+    monkeypatch.setattr("hbp_tune.reporting.render_page", full_disk)
     with pytest.raises(ConfigError, match=r"output_dir=\S+out cannot be written: No space left on device"):
         plan(with_lengths(tmp_path, LENGTHS[:-1]))
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
