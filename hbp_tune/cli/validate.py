@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from hbp_tune.config.building import find_component
 from hbp_tune.config.packaged import read_mapping
 from hbp_tune.data import default_store_directory, load_sources, view_first
 from hbp_tune.errors import ConfigError
-from hbp_tune.planning import check_ac_layers, check_groups, gpu_named
+from hbp_tune.planning import SAFE_SHARE, MemoryModel, PackingGroup, check_ac_layers, check_groups, gpu_named
+from hbp_tune.planning.costs.hardware import Gpu
 from hbp_tune.reporting import print_sample
+
+# Of a card's memory; a step that takes less leaves some of it unused that would make it faster.
+_USED_WELL = 2 / 3
 
 
 def add_validate(commands: Any) -> None:
@@ -97,6 +102,22 @@ def _check_groups(cfg: DictConfig, world_size: int | None, gpu_name: str) -> Non
             f"warning: {most:.1f} GiB are needed, an {gpu.name} has {gpu.memory_gib:g}; raise ac_layers or cp_degree, or take "
             f"more ranks (--world-size)\n"
         )
+    elif most < _USED_WELL * gpu.memory_gib:
+        sys.stdout.write(f"{_unused(memory, groups, most, gpu)}\n")
+
+
+def _unused(memory: MemoryModel, groups: Sequence[PackingGroup], most_gib: float, gpu: Gpu) -> str:
+    """Say what would use memory that no step takes."""
+    fewer = []
+    for group in groups:
+        ac_layers = memory.fewest_ac_layers(group, SAFE_SHARE * gpu.memory_gib)
+        if ac_layers is not None and ac_layers < group.ac_layers:
+            fewer.append(f"ac_layers={ac_layers} for {group.name!r}")
+    way = f"{' and '.join(fewer)} would fit, and recompute less" if fewer else "longer packs or a smaller cp_degree would use it"
+    return (
+        f"note: over a third of an {gpu.name} stays unused, a step takes {most_gib:.1f} of {gpu.memory_gib:g} GiB; {way}. "
+        f"`hbp plan` with groups=auto chooses for your data"
+    )
 
 
 def _show_data(cfg: DictConfig) -> None:

@@ -31,6 +31,7 @@ from hbp_tune.planning.costs.fitting import fit_rates as fit_rates
 from hbp_tune.planning.costs.hardware import gpu_named as gpu_named
 from hbp_tune.planning.costs.hardware import rates_of as rates_of
 from hbp_tune.planning.costs.measurements import Measurement as Measurement
+from hbp_tune.planning.costs.memory import SAFE_SHARE as SAFE_SHARE
 from hbp_tune.planning.costs.memory import MemoryModel as MemoryModel
 from hbp_tune.planning.costs.memory import adamw_bytes as adamw_bytes
 from hbp_tune.planning.packing.curriculum import Interleave as Interleave

@@ -47,7 +47,7 @@ class HBPPlanRecipe:
             - ``trace``: of how many optimizer steps to write a modelled time line of every rank; none by default.
             - ``gpu``: whose time is modelled, by default ``H100``.
             - ``groups: auto``: choose the groups for these data, this model and GPU, by the cost model; ``memory_gib`` of each
-              GPU, by default what it has. They are written to ``groups.yaml``, for ``groups_file``.
+              GPU, by default 90% of what it has. They are written to ``groups.yaml``, for ``groups_file``.
 
     Raises:
         ConfigError: settings that cannot work, alone or together.
@@ -117,7 +117,7 @@ class HBPPlanRecipe:
 
     def _choose_groups(self, cfg: DictConfig) -> tuple[hbp.planning.PackingGroup, ...]:
         """Choose groups by the models of time and memory, say why, and write them to a file."""
-        budget_gib = cfg.get("memory_gib") or self._gpu.memory_gib
+        budget_gib = cfg.get("memory_gib") or hbp.planning.SAFE_SHARE * self._gpu.memory_gib
         layout = partial(self._context_parallel.layout, self._decoder.heads)
         memory = hbp.config.memory_model(cfg, hbp.models.decoder_shape(self._model), self.world_size, layout)
         fewest = partial(memory.fewest_ac_layers, budget_gib=budget_gib)
@@ -126,7 +126,7 @@ class HBPPlanRecipe:
         candidates = hbp.planning.candidate_groups(longest, fewest, world_size=self.world_size, ac_modes=("full", "selective"))
         smallest = hbp.planning.candidate_groups(1, lambda group: memory.shape.num_layers, world_size=self.world_size)[-1]
         needed_gib = memory.peak(smallest).gib
-        shortage = f"{smallest.name} over {smallest.cp_degree} ranks needs {needed_gib:.1f} of {budget_gib:g} GiB"
+        shortage = f"{smallest.name} over {smallest.cp_degree} ranks needs {needed_gib:.1f} of {budget_gib:.3g} GiB"
         hbp.planning.check_candidates(candidates, longest if overlong == "error" else 0, shortage=shortage)
         most = max(group.pack_len for group in candidates)
         lengths = np.minimum(self._lengths, most) if overlong.startswith("truncate") else self._lengths[self._lengths <= most]
@@ -135,7 +135,7 @@ class HBPPlanRecipe:
         )
         choice = selector.select(candidates)
         rule = hbp.planning.paper_rule([(group, selector.s_per_token(group)) for group in candidates], fewest)
-        where = f"{self.world_size} {self._gpu.name}s of {budget_gib:g} GiB"
+        where = f"{self.world_size} {self._gpu.name}s, {budget_gib:.3g} GiB of each"
         hbp.reporting.print_choice(choice, (rule, selector.epoch_s(rule)), self._console, where=where)
         path = self._output_dir / "groups.yaml"
         with self._writing():

@@ -25,6 +25,26 @@ def test_configurations_of_torchtunes_too(capsys: pytest.CaptureFixture[str]) ->
     assert "it is for a recipe of torchtune's" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "way"),
+    [
+        ("ac_layers: 0}", "ac_layers: 32}", r"ac_layers=0 for '8K' and ac_layers=0 for '64K' would fit, and recompute less"),
+        ("pack_len: 8192", "pack_len: 4096", "longer packs or a smaller cp_degree would use it"),
+    ],
+)
+def test_memory_that_stays_unused_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, way: str
+) -> None:
+    text = packaged_configs()["llama3_1/8B_hbp_full"].read_text().replace(old, new)
+    (tmp_path / "my.yaml").write_text(re.sub(r"\n.*name: (128K|64K, pack_len: 65536, cp_degree: 8, ac_layers: 0).*", "", text))
+    assert main(["validate", str(tmp_path / "my.yaml")]) == 0
+    pattern = r"note: over a third of an H100 stays unused, a step takes (\S+) of 80 GiB; (.*)\. `hbp plan` with"
+    told = re.search(pattern, capsys.readouterr().out)
+    assert told
+    assert float(told[1]) < 80 * 2 / 3
+    assert told[2] == way
+
+
 def test_too_little_memory_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", "llama3_1/8B_hbp_full", "--gpu", "L4"]) == 0
     assert re.search(r"warning: \d+\.\d GiB are needed, an L4 has 24; raise ac_layers", capsys.readouterr().out)
@@ -34,7 +54,7 @@ def test_too_little_memory_is_a_warning(capsys: pytest.CaptureFixture[str]) -> N
     ("old", "new", "message"),
     [
         ("cp_degree: 8", "cp_degree: 3", "cp_degree"),
-        ("ac_layers: 29", "ac_layers: 33", "33"),
+        ("ac_layers: 19", "ac_layers: 33", "33"),
         ("curriculum:\n", "curiculum:\n", "did you mean 'curriculum'"),
         ("torchtune.models.llama3_1.llama3_1_8b", "torchtune.models.llama3_1.llama3_1_8", "llama3_1_8"),
         ("weight_decay: 0.01", "weight_decai: 0.01", "weight_decai"),

@@ -415,7 +415,7 @@ def test_groups_are_chosen_for_data_and_gpu(tmp_path: Path, capsys: pytest.Captu
     cfg.model = {"_component_": "torchtune.models.llama3_2.llama3_2_3b"}
     report = plan(cfg)
     printed = capsys.readouterr().out
-    assert "Packing groups for 8 A100s of 80 GiB" in printed
+    assert "Packing groups for 8 A100s, 72 GiB of each" in printed
     assert "(chosen)" in printed
     assert "(the paper's rule)" in printed
     assert "Modelled for 8 A100s" in printed

@@ -17,6 +17,9 @@ _BF16, _FP32 = 2, 4
 # CUDA's context and kernels (about half a GiB), cuBLAS's workspace, NCCL's buffers of a few communicators, and what the
 # caching allocator cannot reuse. No tensor accounts for it: an allowance, the one figure here that is not counted.
 RESERVE_BYTES = 2 * GIB
+# Of a card's memory, what a step may take by count, where no one says otherwise: counted peaks were within 4% of measured ones,
+# and a card has less than its name says (79.6 of 80 GiB).
+SAFE_SHARE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
