@@ -8,5 +8,7 @@ from hbp_tune import reporting as reporting
 from hbp_tune import training as training
 from hbp_tune.errors import ConfigError as ConfigError
 from hbp_tune.errors import DataError as DataError
+from hbp_tune.notebook import Plan as Plan
+from hbp_tune.notebook import plan as plan
 
 __version__: str

@@ -34,6 +34,9 @@ from hbp_tune.planning.costs.measurements import Measurement as Measurement
 from hbp_tune.planning.costs.memory import SAFE_SHARE as SAFE_SHARE
 from hbp_tune.planning.costs.memory import MemoryModel as MemoryModel
 from hbp_tune.planning.costs.memory import adamw_bytes as adamw_bytes
+from hbp_tune.planning.costs.models import MODELS as MODELS
+from hbp_tune.planning.costs.models import KnownModel as KnownModel
+from hbp_tune.planning.costs.models import known_model as known_model
 from hbp_tune.planning.packing.curriculum import Interleave as Interleave
 from hbp_tune.planning.packing.curriculum import LinearRamp as LinearRamp
 from hbp_tune.planning.packing.curriculum import StepProfile as StepProfile

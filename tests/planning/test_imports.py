@@ -34,7 +34,7 @@ def test_public_names_are_there(package: str, name: str) -> None:
 
 
 def test_every_package_is_a_name_of_the_whole() -> None:
-    assert set(hbp_tune.__all__) == {*PACKAGES, "ConfigError", "DataError"}
+    assert set(hbp_tune.__all__) == {*PACKAGES, "ConfigError", "DataError", "Plan", "plan"}
     assert {"__version__", *PACKAGES} <= set(dir(hbp_tune)) | {"__version__"}
 
 

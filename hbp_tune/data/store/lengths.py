@@ -54,6 +54,19 @@ def read_lengths(path: Path, column: str | None = None) -> tuple[NDArray[np.int3
     return lengths, _classes(table.column(_CLASS_COLUMN)) if _CLASS_COLUMN in table.column_names else None
 
 
+def whole_lengths(values: Sequence[int] | NDArray[Any]) -> NDArray[np.int32]:
+    """Give numbers as lengths, ``int32[n]``; values are a list, an array or a column.
+
+    Raises:
+        DataError: there is none, or one is no whole number of 1 to 2**31 - 1.
+    """
+    try:
+        column = pa.chunked_array([pa.array(values)])
+    except (pa.ArrowException, TypeError) as error:
+        raise DataError(f"lengths are no row of numbers: {error}") from error
+    return _whole_numbers(column, "lengths")
+
+
 def _read_npy(path: Path) -> NDArray[np.int32]:
     """Read one array of whole numbers.
 

@@ -85,12 +85,22 @@ def write_plan(path: Path, plans: Sequence[EpochPlan]) -> None:
     # Ids hardly repeat, so that a dictionary of them would only cost time.
     repeating = [name for name in _SCHEMA.names if name != "sample"]
     with pq.ParquetWriter(path, schema, compression="zstd", compression_level=1, use_dictionary=repeating) as writer:
-        for epoch, plan in enumerate(plans):
-            for columns in _columns(plan, epoch):
-                names = pa.array([group.name for group in plan.groups], pa.string())
-                group = pa.DictionaryArray.from_arrays(pa.array(columns.pop("group")), names)
-                arrays = [group if name == "group" else pa.array(columns[name]) for name in _SCHEMA.names]
-                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema), row_group_size=_ROWS_AT_ONCE)
+        for batch in _batches(plans, schema):
+            writer.write_batch(batch, row_group_size=_ROWS_AT_ONCE)
+
+
+def plan_table(plans: Sequence[EpochPlan]) -> pa.Table:
+    """Give the rows that `write_plan` writes, with the same columns, as one table."""
+    return pa.Table.from_batches(_batches(plans, _SCHEMA), schema=_SCHEMA)
+
+
+def _batches(plans: Sequence[EpochPlan], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    for epoch, plan in enumerate(plans):
+        for columns in _columns(plan, epoch):
+            names = pa.array([group.name for group in plan.groups], pa.string())
+            group = pa.DictionaryArray.from_arrays(pa.array(columns.pop("group")), names)
+            arrays = [group if name == "group" else pa.array(columns[name]) for name in _SCHEMA.names]
+            yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def read_plan(path: Path) -> tuple[EpochPlan, ...]:
