@@ -90,7 +90,7 @@ def _add_plan(commands: Any) -> None:
     commands.add_parser(
         "plan",
         prog="hbp plan",
-        usage="hbp plan --config CONFIG [key=value ...]",
+        usage="hbp plan [--json] --config CONFIG [key=value ...]",
         help="Say what a run would do, how long it would take and what it gains; no GPU, no weights.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=textwrap.dedent(
@@ -104,7 +104,8 @@ def _add_plan(commands: Any) -> None:
 
             world_size=N  ranks to plan for            lengths=FILE  token lengths in place of data
             groups=auto   choose the packing groups    gpu=NAME      whose time is modelled
-            trace=N       time line of N steps         baselines=[..] other packings beside it"""
+            trace=N       time line of N steps         baselines=[..] other packings beside it
+            --json        print one JSON document, the figures of plan.json, and nothing else"""
         ),
     )
 
@@ -136,6 +137,8 @@ def expand(arguments: Sequence[str]) -> list[str]:
         return [command, *sorted(rest, key=lambda word: "=" in word and not word.startswith("-"))]
     if command not in _SHORT_FOR or {"-h", "--help"} & set(rest):
         return list(arguments)
+    if command == "plan" and "--json" in rest:
+        rest = [*(word for word in rest if word != "--json"), "json=True"]
     start = rest.index("--config") if "--config" in rest else len(rest)
     return ["run", *rest[:start], _SHORT_FOR[command], *rest[start:]]
 

@@ -1,8 +1,10 @@
 """``hbp validate``: check a configuration as far as that goes without its files, and count its memory."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ def add_validate(commands: Any) -> None:
     parser.add_argument("config", help="name of a configuration (hbp ls), or path of a YAML file")
     parser.add_argument("--world-size", type=int, help="ranks of the run (default: the largest cp_degree, 8 at least)")
     parser.add_argument("--gpu", default="H100", help="whose memory there is (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, for scripts, and no sample")
     parser.set_defaults(func=_run)
 
 
@@ -48,13 +51,58 @@ def _run(args: argparse.Namespace) -> int:
     cfg = read_mapping(find(args.config))
     OmegaConf.resolve(cfg)
     _check_components(cfg)
-    if cfg.get("groups") or cfg.get("groups_file"):
-        _check_groups(cfg, args.world_size, args.gpu)
+    counted = _check_groups(cfg, args.world_size, args.gpu) if cfg.get("groups") or cfg.get("groups_file") else None
+    if args.json:
+        sys.stdout.write(f"{json.dumps({'config': args.config} | (counted.summary() if counted else {}), indent=2)}\n")
+    elif counted:
+        counted.show()
         _show_data(cfg)
         sys.stdout.write(f"{args.config} is well-formed.\n")
     else:
         sys.stdout.write(f"{args.config} is well-formed. It has no packing groups: it is for a recipe of torchtune's.\n")
     return 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Counted:
+    """What a configuration's groups need.
+
+    Args:
+        groups: from short to long.
+        peaks_gib: of each group, on each rank.
+        world_size: ranks of the run.
+        gpu: that they run on.
+        notes: what its owner should know.
+    """
+
+    groups: Sequence[PackingGroup]
+    peaks_gib: Sequence[float]
+    world_size: int
+    gpu: Gpu
+    notes: Sequence[str]
+
+    def summary(self) -> dict[str, Any]:
+        """Give all of it as plain values."""
+        groups = [asdict(group) | {"peak_gib": round(gib, 2)} for group, gib in zip(self.groups, self.peaks_gib, strict=True)]
+        return {
+            "world_size": self.world_size,
+            "gpu": self.gpu.name,
+            "memory_gib": self.gpu.memory_gib,
+            "groups": groups,
+            "notes": list(self.notes),
+        }
+
+    def show(self) -> None:
+        """Show it as a table and lines."""
+        table = Table(title=f"Memory of each of {self.world_size} ranks, by count")
+        for heading in ("group", "length", "CP", "AC", "GiB", f"of {self.gpu.name}"):
+            table.add_column(heading, justify="left" if heading == "group" else "right")
+        for group, gib in zip(self.groups, self.peaks_gib, strict=True):
+            sizes = (f"{group.pack_len:,}", str(group.cp_degree), str(group.ac_layers))
+            table.add_row(group.name, *sizes, f"{gib:.1f}", f"{gib / self.gpu.memory_gib:.0%}")
+        Console(highlight=False).print(table)
+        for note in self.notes:
+            sys.stdout.write(f"{note}\n")
 
 
 def _check_components(cfg: DictConfig) -> None:
@@ -75,7 +123,8 @@ def _check_components(cfg: DictConfig) -> None:
                 raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
 
 
-def _check_groups(cfg: DictConfig, world_size: int | None, gpu_name: str) -> None:
+def _check_groups(cfg: DictConfig, world_size: int | None, gpu_name: str) -> _Counted:
+    """Check the groups against ranks and model, and count the memory that they need."""
     check_config(cfg)
     groups, gpu = groups_of(cfg), gpu_named(gpu_name)
     world_size = world_size or max(8, *(group.cp_degree for group in groups))
@@ -85,25 +134,18 @@ def _check_groups(cfg: DictConfig, world_size: int | None, gpu_name: str) -> Non
             build(key, node)
     memory, decoder = count_memory(cfg, world_size)
     check_ac_layers(groups, len(decoder.layers))
+    notes = []
     if (longest := groups[-1].pack_len) > decoder.max_seq_len:
-        sys.stdout.write(
-            f"Packs hold {longest:,} tokens, the model encodes {decoder.max_seq_len:,} positions: no sample is longer.\n"
-        )
-    table = Table(title=f"Memory of each of {world_size} ranks, by count")
-    for heading in ("group", "length", "CP", "AC", "GiB", f"of {gpu.name}"):
-        table.add_column(heading, justify="left" if heading == "group" else "right")
-    needs_gib = [memory.peak(group).gib for group in groups]
-    for group, gib in zip(groups, needs_gib, strict=True):
-        cells = (f"{group.pack_len:,}", str(group.cp_degree), str(group.ac_layers), f"{gib:.1f}", f"{gib / gpu.memory_gib:.0%}")
-        table.add_row(group.name, *cells)
-    Console(highlight=False).print(table)
-    if (most := max(needs_gib)) > gpu.memory_gib:
-        sys.stdout.write(
+        notes.append(f"Packs hold {longest:,} tokens, the model encodes {decoder.max_seq_len:,} positions: no sample is longer.")
+    peaks_gib = [memory.peak(group).gib for group in groups]
+    if (most := max(peaks_gib)) > gpu.memory_gib:
+        notes.append(
             f"warning: {most:.1f} GiB are needed, an {gpu.name} has {gpu.memory_gib:g}; raise ac_layers or cp_degree, or take "
-            f"more ranks (--world-size)\n"
+            f"more ranks (--world-size)"
         )
-    elif most < _USED_WELL * gpu.memory_gib:
-        sys.stdout.write(f"{_unused(memory, groups, most, gpu)}\n")
+    elif most < _USED_WELL * gpu.memory_gib and cfg.get("device") != "cpu":
+        notes.append(_unused(memory, groups, most, gpu))
+    return _Counted(groups=groups, peaks_gib=peaks_gib, world_size=world_size, gpu=gpu, notes=notes)
 
 
 def _unused(memory: MemoryModel, groups: Sequence[PackingGroup], most_gib: float, gpu: Gpu) -> str:

@@ -10,6 +10,7 @@ or copy this file into your own folder, change it, and start it by its file name
 
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ class HBPPlanRecipe:
               distribution.
             - ``baselines``: packers to compare with, beside ``isf``.
             - ``trace``: of how many optimizer steps to write a modelled time line of every rank; none by default.
+            - ``json``: print ``plan.json``, and all else on the standard error.
             - ``gpu``: whose time is modelled, by default ``H100``.
             - ``groups: auto``: choose the groups for these data, this model and GPU, by the cost model; ``memory_gib`` of each
               GPU, by default 90% of what it has. They are written to ``groups.yaml``, for ``groups_file``.
@@ -73,7 +75,8 @@ class HBPPlanRecipe:
         if not isinstance(self._trace_steps, int) or self._trace_steps < 0:
             raise hbp.ConfigError(f"trace={cfg.trace!r} must be a whole number of optimizer steps, or be left out")
         self._output_dir = Path(cfg.output_dir)
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._prints_json = cfg.get("json") or False
+        self._console = Console(highlight=False, soft_wrap=True, stderr=self._prints_json)
         self._seconds: dict[str, float] = {}
         self._samples: Sequence[hbp.reporting.SampleView] = ()
         self._notes = [] if cfg.get("world_size") else [f"Planned for {self.world_size} ranks; set world_size=N for others."]
@@ -291,6 +294,8 @@ class HBPPlanRecipe:
         written = self._write(report)
         self._console.print(f"Written: {', '.join(str(path) for path in written)}", markup=False)
         self._console.print(f"Training makes the same plan, or takes this one with plan_file={written[0]}", markup=False)
+        if self._prints_json:
+            sys.stdout.write((self._output_dir / "plan.json").read_text(encoding="utf-8"))
 
     def _write(self, report: hbp.reporting.PlanReport) -> list[Path]:
         """Write the files aside, and rename them when all are complete: what exists is whole and of one plan."""

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -43,6 +44,21 @@ def test_memory_that_stays_unused_is_said(
     assert told
     assert float(told[1]) < 80 * 2 / 3
     assert told[2] == way
+
+
+def test_one_json_document(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "llama3_1/8B_hbp_full", "--gpu", "L4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["config"], found["world_size"], found["gpu"], found["memory_gib"]) == ("llama3_1/8B_hbp_full", 8, "L4", 24)
+    assert [(group["name"], group["pack_len"], group["cp_degree"]) for group in found["groups"]] == [
+        ("8K", 8192, 1),
+        ("64K", 65536, 8),
+        ("128K", 131072, 8),
+    ]
+    assert all(group["peak_gib"] > 24 for group in found["groups"])
+    assert found["notes"][0].startswith("warning: ")
+    assert main(["validate", "llama3_1/8B_full", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"config": "llama3_1/8B_full"}
 
 
 def test_too_little_memory_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -290,6 +290,14 @@ def test_files_are_whole_and_of_one_plan(tmp_path: Path, monkeypatch: pytest.Mon
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_one_json_document(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hbp_tune.cli", "plan", "--json", "--config", "demo/tiny_llama_cpu"]
+    command += ["lengths=tulu3_longcite", "num_samples=500", "groups=auto", f"output_dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == json.loads((tmp_path / "plan.json").read_text())
+    assert "Packing groups for 8 H100s" in done.stderr
+
+
 def test_an_output_directory_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"output_dir=\S+ cannot be written: File exists"):
