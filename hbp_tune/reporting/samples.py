@@ -124,7 +124,7 @@ def _pattern(special_tokens: Sequence[str]) -> str | None:
 
 SAMPLE_STYLE = """
 .turn pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2em 0 .8em;font-size:.85rem;line-height:1.45}
-.turn .target{background:#dcf3e1}
-.turn b{color:#8a2f8f;font-weight:600}
-.turn i{color:#5b6472}
+.turn .target{background:var(--mark)}
+.turn b{color:var(--special);font-weight:600}
+.turn i{color:var(--muted)}
 """

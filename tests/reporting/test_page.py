@@ -142,7 +142,7 @@ def test_metrics_stand_beside_the_baselines(
     slow = dataclasses.replace(own, epoch_s=10800.0, abr=0.506)
     found = rows(dataclasses.replace(report, metrics=own, baselines={"isf": slow, "ffd": own}))
     assert found["Modelled epoch"] == ["30.0 min", "180 min", "30.0 min"], "in one unit, to compare"
-    assert found["ABR"] == ["0.0020", "0.5060", "0.0020"]
+    assert found["ABR"] == ["0.20%", "50.6%", "0.20%"]
     assert found["Ave-T"] == ["12,346", "12,346", "12,346"]
     assert found["Diversity"] == ["-", "-", "-"]
     assert len([name for name in found if name not in {"short", "long"}]) == 11
@@ -216,15 +216,34 @@ def test_shown_micro_steps_do_not_meet_one_group_again_and_again(report_on: Call
     page = render_page(report_on(plan, naive=assemble(GROUPS[:1], 4, [(0, [[[1]] * 4])])))
     busy = page[page.index("Ranks wait") : page.index("Attention work is")]
     after = busy[busy.index("After: this plan") :]
-    for colour in ("#2563eb", "#d9540b", "#0d8577"):
-        (path,) = re.findall(rf'<path d="([^"]*)" stroke="{colour}"', after)
+    for colour in ("var(--group-0)", "var(--group-1)", "var(--group-2)"):
+        (path,) = re.findall(rf'<path d="([^"]*)" stroke="{re.escape(colour)}"', after)
         assert 20 < path.count("M") < 60, colour
 
 
-def test_colours_are_set_whatever_the_system_prefers(by_hand: EpochPlan, report_on: Callable[..., PlanReport]) -> None:
+def test_a_page_follows_its_reader_s_scheme(by_hand: EpochPlan, report_on: Callable[..., PlanReport]) -> None:
     page = render_page(report_on(by_hand))
-    assert "color-scheme:only light" in page
-    assert "prefers-color-scheme" not in page
+    assert "color-scheme:light dark" in page
+    light, dark = re.findall(r":root\{([^}]*--page:[^}]*)\}", page)
+    names = [dict(re.findall(r"--([\w-]+):(#\w{6})", block)) for block in (light, dark)]
+    assert names[0].keys() == names[1].keys() >= set(re.findall(r"var\(--([\w-]+)\)", page))
+    body = page.rsplit("</style>", 1)[-1]
+    assert not re.findall(r"#[0-9a-f]{3,6}\b", body), "a colour that does not follow"
+    for block, card in zip(names, ("#ffffff", "#191f28"), strict=True):
+        for name, least in (("ink", 7), ("muted", 4.5), *((f"group-{index}", 3) for index in range(6))):
+            assert contrast(block[name], card) >= least, name
+
+
+def contrast(colour: str, other: str) -> float:
+    """Give the contrast of two colours (WCAG 2)."""
+
+    def luminance(text: str) -> float:
+        parts = [int(text[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    brighter, darker = sorted((luminance(colour), luminance(other)), reverse=True)
+    return (brighter + 0.05) / (darker + 0.05)
 
 
 def ticks(axis: Axis) -> list[str]:

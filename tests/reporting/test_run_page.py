@@ -57,10 +57,10 @@ def test_the_page_says_what_was_logged(output_dir: Path) -> None:
     assert seen.titles == [
         "By packing group",
         "Loss falls to 5.500",
-        "Held-out loss is least after step 11: 4.250",
+        "Lowest held-out loss: 4.250, after step 11",
         "229 tokens/s on each GPU",
         "Ranks wait 25% of the busy time",
-        "Steps took 2.00 s, half of them less",
+        "Half of the steps took less than 2.00 s",
     ]
     for text in ("1K, CP 1", "8K, CP 2", "12.5 GiB", "90.9%", "50%", "to 1024"):
         assert text in seen.text

@@ -12,13 +12,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-INK = "#1b2430"
-MUTED = "#566173"
-GRID = "#dde2ea"
-# Told apart by people who see colours differently too, and at least 3:1 against white.
-_GROUP_COLOURS = ("#2563eb", "#d9540b", "#0d8577", "#8b3fd9", "#c2185b", "#5b7a00")
+# Names of colours, which `STYLE` gives for light and dark: a page follows its reader's scheme.
+INK, MUTED, GRID, BARS = "var(--ink)", "var(--muted)", "var(--grid)", "var(--bars)"
+_NAMES = ("page", "card", "edge", "ink", "muted", "grid", "bars", "mark", "special", "warn")
+_LIGHT = ("#f4f6f9", "#ffffff", "#dfe4ec", "#1b2430", "#566173", "#dde2ea", "#94a3b8", "#dcf3e1", "#8a2f8f", "#b45309")
+_DARK = ("#11151b", "#191f28", "#2f3948", "#e6ebf2", "#a5b1c2", "#323c4b", "#64748b", "#1d4029", "#e59ae9", "#f0a040")
+# Of groups: told apart by people who see colours differently too, and at least 3:1 against the cards.
+_LIGHT_GROUPS = ("#2563eb", "#d9540b", "#0d8577", "#8b3fd9", "#c2185b", "#5b7a00")
+_DARK_GROUPS = ("#6f9dff", "#ff9357", "#3cc5b3", "#bd93ff", "#ff7aa8", "#a9c653")
+
+
+def _variables(colours: Sequence[str], groups: Sequence[str]) -> str:
+    names = (*_NAMES, *(f"group-{index}" for index in range(len(groups))))
+    return ";".join(f"--{name}:{colour}" for name, colour in zip(names, (*colours, *groups), strict=True))
+
 
 STYLE = f"""
+:root{{color-scheme:light dark;{_variables(_LIGHT, _LIGHT_GROUPS)}}}
+@media(prefers-color-scheme:dark){{:root{{{_variables(_DARK, _DARK_GROUPS)}}}}}
 .chart{{position:relative;margin:2.2em 12px 3.1em 3.9em}}
 .chart svg{{position:absolute;inset:0;width:100%;height:100%;overflow:visible}}
 .chart path{{vector-effect:non-scaling-stroke}}
@@ -36,7 +47,7 @@ STYLE = f"""
 
 def group_colour(index: int) -> str:
     """Colour of a group by its place among the groups, the same in all pictures and tables."""
-    return _GROUP_COLOURS[index % len(_GROUP_COLOURS)]
+    return f"var(--group-{index % len(_LIGHT_GROUPS)})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,13 +8,12 @@ from numpy.typing import NDArray
 
 from hbp_tune.planning.plans.records import EpochPlan
 from hbp_tune.reporting.formats import write_count, write_share, write_tokens
-from hbp_tune.reporting.pages.charts import INK, MUTED, Axis, Chart, group_colour, legend, linear_axis
+from hbp_tune.reporting.pages.charts import BARS, INK, MUTED, Axis, Chart, group_colour, legend, linear_axis
 
 # Longer epochs are shown in this many bins, so that a page stays small whatever the data.
 NUM_BINS = 120
 _MOST_POINTS = 300
 _MOST_LARGE_POINTS = 60
-_SAMPLES_COLOUR = "#94a3b8"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,13 +53,13 @@ def draw_lengths(lengths: NDArray[np.int32], plan: EpochPlan) -> Picture:
         f"{write_share(samples[k])} of all, with {write_share(tokens[k])} of the tokens"
         for k in some
     ]
-    chart.bars(right[some] - 0.46, right[some] - 0.25, 0, samples[some], _SAMPLES_COLOUR, tips=tips)
+    chart.bars(right[some] - 0.46, right[some] - 0.25, 0, samples[some], BARS, tips=tips)
     chart.bars(right[some] - 0.25, right[some] - 0.04, 0, tokens[some], INK, tips=tips)
     borders = [(group_colour(i), f"{group.name}: packs of {group.pack_len:,}") for i, group in enumerate(plan.groups)]
     quantiles = np.quantile(lengths, (0.0, 0.5, 0.99, 1.0), method="lower")
     return Picture(
         title=_lengths_finding(lengths, plan),
-        body=legend([(_SAMPLES_COLOUR, "samples"), (INK, "tokens in them"), *borders]) + chart.html(),
+        body=legend([(BARS, "samples"), (INK, "tokens in them"), *borders]) + chart.html(),
         caption="How many samples there are of each length, and how many of the tokens they hold: shortest {:,}, median {:,}, "
         "99th percentile {:,}, longest {:,} tokens. Dashed lines are the groups' pack lengths.".format(*quantiles),
     )

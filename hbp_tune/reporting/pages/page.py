@@ -163,7 +163,7 @@ def _groups(report: PlanReport) -> str:
         rows.append(f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     drawn = table(('<th class="text">group</th>', *(f"<th>{name}</th>" for name in _GROUP_COLUMNS)), rows)
     return (
-        f'<section><h2>Groups: who packs with whom</h2>{drawn}<p class="caption">Tokens per step: mean and coefficient of '
+        f'<section><h2>Packing groups</h2>{drawn}<p class="caption">Tokens per step: mean and coefficient of '
         "variation (standard deviation over mean).</p></section>\n"
     )
 
@@ -180,7 +180,7 @@ def _metrics(report: PlanReport) -> str:
     drawn = table(('<th class="text">metric</th>', *head), rows)
     return (
         f"<section><h2>Metrics beside other packings of the same data</h2>{drawn}"
-        '<p class="caption">Shares run from 0 to 1; less is better but for Ave-T. The other packings put all samples into '
+        '<p class="caption">Less is better, except for Ave-T. The other packings put all samples into '
         "packs of the shortest group that holds them all.</p></section>\n"
     )
 
@@ -201,7 +201,7 @@ def _value(key: str, metrics: PlanMetrics, own: PlanMetrics) -> str:
         return "-"
     if key == "epoch_s":
         return duration(value, like=own.epoch_s)
-    return f"{value:,.0f}" if key == "ave_t" else f"{value:.2f}" if key == "diversity" else f"{value:.4f}"
+    return f"{value:,.0f}" if key == "ave_t" else f"{value:.2f}" if key == "diversity" else write_share(value)
 
 
 def _footer(report: PlanReport) -> str:

@@ -8,11 +8,9 @@ from hbp_tune.reporting.formats import time_unit
 from hbp_tune.reporting.pages import charts
 from hbp_tune.reporting.pages.figures import Picture
 
-# Light whatever the system prefers: colours are set in full, so that dark mode finds nothing to invert.
 STYLE = f"""
-:root{{color-scheme:only light}}
 *{{box-sizing:border-box}}
-body{{margin:0;background:#f4f6f9;color:{charts.INK};
+body{{margin:0;background:var(--page);color:{charts.INK};
  font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}}
 main{{max-width:1040px;margin:0 auto;padding:32px 20px 48px}}
 h1{{font-size:clamp(1.35rem,3.4vw,2rem);line-height:1.25;margin:.2em 0 .5em;overflow-wrap:anywhere}}
@@ -21,17 +19,17 @@ h3{{font-size:.95rem;margin:1.1em 0 .3em}}
 p{{margin:.5em 0;max-width:62em;overflow-wrap:anywhere}}
 .eyebrow,.caption,footer{{color:{charts.MUTED};font-size:.9rem}}
 .eyebrow{{margin:0;font-weight:600}}
-section,figure{{background:#fff;border:1px solid #dfe4ec;border-radius:8px;margin:20px 0 0;padding:20px}}
+section,figure{{background:var(--card);border:1px solid var(--edge);border-radius:8px;margin:20px 0 0;padding:20px}}
 figure .caption{{margin:.2em 0 0}}
 .tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:20px 0 0}}
-.tiles div{{background:#fff;border:1px solid #dfe4ec;border-radius:8px;padding:12px 14px}}
+.tiles div{{background:var(--card);border:1px solid var(--edge);border-radius:8px;padding:12px 14px}}
 .tiles b{{display:block;font-size:1.45rem;line-height:1.3}}
 .tiles span{{display:block;font-size:.85rem;line-height:1.4;color:{charts.MUTED}}}
-.warnings{{border-left:4px solid #b45309}}
+.warnings{{border-left:4px solid var(--warn)}}
 .warnings ul{{margin:0;padding-left:1.2em;overflow-wrap:anywhere}}
 .scroll{{overflow-x:auto}}
 table{{border-collapse:collapse;width:100%;font-size:.9rem;line-height:1.4}}
-th,td{{padding:7px 12px 7px 0;text-align:right;border-bottom:1px solid #e6eaf0;vertical-align:top;white-space:nowrap}}
+th,td{{padding:7px 12px 7px 0;text-align:right;border-bottom:1px solid var(--edge);vertical-align:top;white-space:nowrap}}
 th{{color:{charts.MUTED};font-weight:600;vertical-align:bottom;white-space:normal}}
 td{{font-variant-numeric:tabular-nums}}
 th.text,td.text{{text-align:left}}
@@ -47,7 +45,7 @@ def document(title: str, parts: Iterable[str]) -> str:
     """Make an HTML page of its own: no other file, no network, no script."""
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}{charts.STYLE}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{charts.STYLE}{STYLE}</style></head>\n'
         f"<body><main>{''.join(parts)}</main></body></html>\n"
     )
 

@@ -1,6 +1,6 @@
 """One page that shows a person how a run went: loss, speed, waiting and memory, by packing group."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
 
 import numpy as np
@@ -14,6 +14,8 @@ from hbp_tune.reporting.pages.page_parts import document, duration, figure, tabl
 
 # Steps of a running mean, as a share of the run.
 _SMOOTHED = 0.05
+# Steps, up to which dots have space to be large.
+_MOST_LARGE_DOTS = 200
 _COLUMNS = (
     "steps",
     "tokens",
@@ -124,32 +126,34 @@ def _pictures(log: RunLog, trained: RunLog, groups: Groups) -> Iterator[Picture]
         planned = trained.column("abr")
         yield Picture(
             title=f"Ranks wait {write_share(_mean(idle, trained.column('step_s')))} of the busy time",
-            body=_by_group(trained, groups, "idle_ratio", "share of busy time"),
+            body=_by_group(trained, groups, "idle_ratio", "share of busy time", text=write_share),
             caption="Measured over all ranks, micro-step by micro-step: what the busiest rank computes and others do not. "
             f"By attention alone the plan left {write_share(_mean(planned, trained.column('step_s')))} uneven, which other work "
             "evens out.",
         )
     yield Picture(
-        title=f"Steps took {np.nanmedian(trained.column('step_s')):.2f} s, half of them less",
+        title=f"Half of the steps took less than {np.nanmedian(trained.column('step_s')):.2f} s",
         body=_by_group(trained, groups, "step_s", "seconds of a step"),
         caption="From asking for the step's first pack to the end of the optimizer's step, on rank 0.",
     )
 
 
-def _by_group(log: RunLog, groups: Groups, key: str, label: str, *, from_zero: bool = True) -> str:
-    """Draw a figure over the steps, a colour for each group."""
+def _by_group(
+    log: RunLog, groups: Groups, key: str, label: str, *, from_zero: bool = True, text: Callable[[float], str] | None = None
+) -> str:
+    """Draw a figure over the steps, a colour for each group; ``text`` writes its values."""
     steps, values = np.array(log.steps, dtype=np.float64), log.column(key)
     known = values[np.isfinite(values)]
     low = 0.0 if from_zero or not len(known) else float(known.min())
     margin = 0.05 * (float(known.max(initial=low + 1e-9)) - low)
     chart = Chart(
         linear_axis(float(steps[0]), float(steps[-1]), "optimizer step", whole=True),
-        linear_axis(low - (0 if from_zero else margin), float(known.max(initial=low)) + margin, label, ticks=5),
+        linear_axis(low - (0 if from_zero else margin), float(known.max(initial=low)) + margin, label, ticks=5, text=text),
         label=f"{label} over the steps",
     )
     for index, (_, mine) in enumerate(groups):
         there = mine & np.isfinite(values)
-        chart.points(steps[there], values[there], group_colour(index), width=3.5)
+        chart.points(steps[there], values[there], group_colour(index), width=7 if len(steps) <= _MOST_LARGE_DOTS else 4)
     for index, (_, mine) in enumerate(groups):
         there = mine & np.isfinite(values)
         chart.line(steps[there], _smooth(values[there]), group_colour(index))
@@ -173,7 +177,7 @@ def _validation(log: RunLog, keys: list[str]) -> Picture:
     names = ["all", *(key.removeprefix("val_loss_").replace("len_", "to ") for key in keys[1:])]
     best = int(np.nanargmin(values[0]))
     return Picture(
-        title=f"Held-out loss is least after step {seen[best]:,}: {values[0, best]:.3f}",
+        title=f"Lowest held-out loss: {values[0, best]:.3f}, after step {seen[best]:,}",
         body=legend(zip(colours, names, strict=True)) + chart.html(),
         caption="Mean over all targets, and of those in samples up to each length in tokens, or of one data set.",
     )
