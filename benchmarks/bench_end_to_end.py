@@ -13,10 +13,10 @@ alone, hierarchical packing without balance, and balance packing in both modes; 
 tokens a step. torchtune's own packed path, stock layers under a dense mask of documents (a block mask on CUDA), trains the first
 packs of ISF on each rank. On GPUs: ``--ranks 8 --cp 8 device=cuda dtype=bf16`` and sizes to match.
 
-Printed is what the cost model, fitted to a profile of this machine, foretells of each plan, and a JSON line per run: wall seconds
+Printed is what the cost model, fitted to a profile of this machine, predicts for each plan, and a JSON line per run: wall seconds
 of all forwards and backwards, seconds in which a micro-step is as long as its slowest rank's busy time (CPU seconds), what an
-epoch takes at this pace, the share that ranks wait, measured and foretold, and held-out loss. Then a line per plan: elements that
-context parallelism (Ulysses) moved, counted over some steps, beside those of the formula; and a summary.
+epoch takes at this pace, the share that ranks wait, measured and predicted, and held-out loss. Then a line per plan: elements
+that context parallelism (Ulysses) moved, counted over some steps, beside those of the formula; and a summary.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
         dist.all_gather_object(every, (recorder.wall_s[warm:], recorder.busy_s[warm:]))
         wall_s, busy_s = (np.array([each[i] for each in every]) for i in (0, 1))
         simulated = simulate(PackWork.of_plan(plan), cost)
-        busy_foretold = np.repeat(simulated.busy_s, plan.cp_degrees).reshape(-1, plan.world_size)[warm:]
+        busy_predicted = np.repeat(simulated.busy_s, plan.cp_degrees).reshape(-1, plan.world_size)[warm:]
         slowest_s = float(busy_s.max(axis=0).sum())
         line = {
             "case": name,
@@ -123,12 +123,12 @@ def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
             "tokens": int(plan.sum_per_pack(plan.lengths)[plan.pack_step >= warm_steps].sum()),
             "wall_s": round(float(wall_s.max(axis=0).sum()), 2),
             "slowest_rank_s": round(slowest_s, 2),
-            "foretold_s": round(foretold_s := float(simulated.micro_step_s[warm:].sum()), 2),
+            "predicted_s": round(predicted_s := float(simulated.micro_step_s[warm:].sum()), 2),
             # Cases differ in the steps that are left out: what an epoch takes at this pace.
-            "epoch_s": round(slowest_s / foretold_s * simulated.epoch_s, 2),
-            "wall_epoch_s": round(float(wall_s.max(axis=0).sum()) / foretold_s * simulated.epoch_s, 2),
+            "epoch_s": round(slowest_s / predicted_s * simulated.epoch_s, 2),
+            "wall_epoch_s": round(float(wall_s.max(axis=0).sum()) / predicted_s * simulated.epoch_s, 2),
             "idle": round(1 - float(busy_s.mean(axis=0).sum()) / slowest_s, 4),
-            "idle_foretold": round(1 - float(busy_foretold.mean(axis=1).sum() / busy_foretold.max(axis=1).sum()), 4),
+            "idle_predicted": round(1 - float(busy_predicted.mean(axis=1).sum() / busy_predicted.max(axis=1).sum()), 4),
             "total_s": round(total_s, 1),
             "loss": {key: round(float(value), 4) for key, value in losses.items()},
         }
@@ -136,10 +136,10 @@ def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
         return line
 
     for name in every_case:
-        plan = build(name, arguments.work / "foretold")[0]._plan_epoch(0, first_step=0)
+        plan = build(name, arguments.work / "predicted")[0]._plan_epoch(0, first_step=0)
         simulated = simulate(PackWork.of_plan(plan), cost)
         shares = {part: round(share, 4) for part, share in simulated.shares.items()}
-        say({"case": name, "foretold_epoch_s": round(simulated.epoch_s, 2), "shares": shares})
+        say({"case": name, "predicted_epoch_s": round(simulated.epoch_s, 2), "shares": shares})
     lines = []
     for number in range(arguments.rounds):
         names = list(every_case)
@@ -206,16 +206,16 @@ def count_bytes(arguments: argparse.Namespace, name: str, recipe: Any) -> dict[s
     heads, layers = recipe._decoder.heads, len(recipe._decoder.layers)
     head_dim = recipe._decoder.layers[0].attn.head_dim
     tokens = plan.sum_per_pack(plan.lengths)
-    foretold = 0.0
+    predicted = 0.0
     for pack in np.flatnonzero(plan.pack_step < COUNTED_STEPS):
         group = plan.groups[plan.pack_group[pack]]
         if group.cp_degree > 1:
             padded = padded_len(int(tokens[pack]), group.cp_degree, group.pack_len)
             once = moved_heads(heads, CpDegrees(ulysses=group.cp_degree), padded, 0)
             # Forward, backward, and again in layers that recompute.
-            foretold += head_dim * once * (2 * layers + group.ac_layers)
-    ratio = round(counter.received / foretold, 4) if foretold else None
-    return {"case": name, "received": counter.received, "foretold": foretold, "ratio": ratio}
+            predicted += head_dim * once * (2 * layers + group.ac_layers)
+    ratio = round(counter.received / predicted, 4) if predicted else None
+    return {"case": name, "received": counter.received, "predicted": predicted, "ratio": ratio}
 
 
 def summary(lines: list[dict[str, Any]], rms_error: float) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def summary(lines: list[dict[str, Any]], rms_error: float) -> dict[str, Any]:
         "speed_up_busy": {name: round(base / statistics.median(values), 3) for name, values in busy.items()},
         "speed_up_wall": {name: round(wall_base / statistics.median(values), 3) for name, values in wall.items()},
         "spread_wall": {name: round(max(values) / min(values) - 1, 3) for name, values in wall.items()},
-        "idle_error": {name: round(statistics.median(of(name, "idle")) - of(name, "idle_foretold")[0], 4) for name in names},
+        "idle_error": {name: round(statistics.median(of(name, "idle")) - of(name, "idle_predicted")[0], 4) for name in names},
         "fit_rms": round(rms_error, 4),
     }
 

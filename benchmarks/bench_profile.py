@@ -1,11 +1,11 @@
-"""Whether the groups that a profile chooses train fastest, and as long as foretold: two ranks, each on a core of its own.
+"""Whether the groups that a profile chooses train fastest, and as long as predicted: two ranks, each on a core of its own.
 
     python -m hbp_tune.demo --dir DIR && python benchmarks/bench_profile.py --demo DIR --work DIR [key=value ...]
 
 Profiles the demo's model on two gloo ranks, each bound to one core, so that nobody lends a waiting rank's core to a busy one.
 Then trains the demo's data for an epoch with the chosen groups, with three sets made by hand, and packed to one length by ISF,
 in turn, several times. Printed is a JSON line per run: seconds of all forwards and backwards on the slowest rank of each, beside
-those that the fitted cost model foretells; and a last line with the medians and the least of each.
+those that the fitted cost model predicts; and a last line with the medians and the least of each.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
             "groups": "+".join(f"{length_name(group.pack_len)}/{group.cp_degree}/{group.ac_layers}" for group in groups),
             "micro_steps": len(recorder.wall_s),
             "measured_s": round(sum(recorder.wall_s[warm:]), 2),
-            "foretold_s": round(float(simulated.micro_step_s[warm:].sum()), 2),
+            "predicted_s": round(float(simulated.micro_step_s[warm:].sum()), 2),
             # Cases differ in the steps that are left out: what an epoch takes at this pace.
             "epoch_s": round(sum(recorder.wall_s[warm:]) / simulated.micro_step_s[warm:].sum() * simulated.epoch_s, 2),
         }
@@ -82,7 +82,7 @@ def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
     lines = [train(name, repeat) for repeat in range(arguments.repeats) for name in cases]
     if dist.get_rank() == 0:
         every_s = {name: [line["epoch_s"] for line in lines if line["case"] == name] for name in cases}
-        errors = [line["foretold_s"] / line["measured_s"] - 1 for line in lines]
+        errors = [line["predicted_s"] / line["measured_s"] - 1 for line in lines]
         summary = {
             "median_epoch_s": {name: statistics.median(epochs_s) for name, epochs_s in every_s.items()},
             "least_epoch_s": {name: min(epochs_s) for name, epochs_s in every_s.items()},

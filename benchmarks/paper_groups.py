@@ -47,7 +47,7 @@ MIXED = [(8, 2, 8, 2.69), (16, 1, 28, 2.65), (32, 8, 8, 2.83), (64, 4, 28, 3.01)
 DOC_LENS = (1024, 2048, 4096, 8192)
 # Both of the paper's rows that ran out of memory, with all 32 layers recomputed.
 OUT_OF_MEMORY = [(64, 2), (128, 4)]
-# FlexSP shares out batch by batch, in Python.
+# FlexSP divides batch by batch, in Python.
 _SHARED_OUT_BY = 4
 # Weights that one token uses; latent attention, run as 128 heads of 192 (queries, keys) and 128 (values), which Ulysses sends.
 # Routed experts stay where they are (expert parallelism, whose own exchange is left out): 13 of 236 billion weights are gathered.

@@ -1,4 +1,4 @@
-"""The cost model against the HBP paper's figures, one half fitted and the other foretold."""
+"""The cost model against the HBP paper's figures, one half fitted and the other predicted."""
 
 import numpy as np
 import pytest

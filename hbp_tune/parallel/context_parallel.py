@@ -100,7 +100,7 @@ class Ulysses(_DividedAttention):
 class AllGatherKV(_DividedAttention):
     """Each rank attends with its own queries to the gathered keys and values (as Llama 3 was trained, Dubey et al. 2024).
 
-    Rows are shared out so that causal attention is even and short documents need no communication, see `share_out`.
+    Rows are divided so that causal attention is even and short documents need no communication, see `share_out`.
     """
 
     def layouts(self, heads: AttentionHeads, cp_degree: int) -> Sequence[CpDegrees]:

@@ -17,7 +17,7 @@ class CpMesh:
     """The axes of a CP group; None where an axis has one rank, which needs no communication.
 
     Args:
-        ulysses: neighbours that share out the heads of a part of the pack.
+        ulysses: neighbours that divide the heads of a part of the pack.
         gather: ranks with the same heads of different parts.
     """
 

@@ -21,7 +21,7 @@ class PlanReport:
         lengths_from: where the lengths come from, one phrase for people.
         plans: one per epoch; the first is described.
         naive: one-length packing of the same data on the same ranks.
-        cost: foretells the seconds.
+        cost: predicts the seconds.
         metrics: of the first plan.
         baselines: metrics of other plans of the same data by the packer's name; those of ``naive`` are called ``isf``.
         headline: the finding in one sentence.

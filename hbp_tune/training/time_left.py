@@ -6,7 +6,7 @@ from hbp_tune.planning.comparison.metrics import StepMetrics
 
 
 class TimeLeft:
-    """Foretells the seconds of the steps to come.
+    """Predicts the seconds of the steps to come.
 
     Modelled seconds are scaled by measured over modelled seconds of the same group so far, or of all groups where a group has
     not been measured. The first measured step is left out: it warms up and compiles.

@@ -199,7 +199,7 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_random_steps_are_as_diverse_as_foretold(name: str) -> None:
+def test_random_steps_are_as_diverse_as_predicted(name: str) -> None:
     drawn = [
         diversity_by_group(cut_evenly(np.random.default_rng(seed).permutation(5000), LENGTHS, 50), CLASSES[name])[0]
         for seed in range(20)

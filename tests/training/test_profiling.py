@@ -12,7 +12,7 @@ GROUP = PackingGroup(name="1K", pack_len=1024)
 
 
 class FakeMachine:
-    """Memory by a line, with a step at some layers that no line foretells."""
+    """Memory by a line, with a step at some layers that no line predicts."""
 
     def __init__(self, extra_gib: float = 0.0, from_layers: int = 0) -> None:
         self.line = MemoryLine(num_layers=32, fixed_gib=10.0, kept_gib=2**-10, recomputed_gib=2**-14)

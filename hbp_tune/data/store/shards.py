@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
         "row": pa.int32(),
     }
 )
-# Files stay few and small enough to share out: at most 256 of them, each of 256 rows or more.
+# Files stay few and small enough to divide: at most 256 of them, each of 256 rows or more.
 _MOST_SHARDS = 256
 _LEAST_ROWS = 256
 # What a builder holds in memory: some MB. One sample alone may be more.

@@ -40,7 +40,7 @@ class MixedDegrees:
 
 
 def flexsp(group: PackingGroup) -> MixedDegrees:
-    """Share out like FlexSP (arXiv 2412.01523): mixed CP degrees per batch, so that the makespan is least.
+    """Divide like FlexSP (arXiv 2412.01523): mixed CP degrees per batch, so that the makespan is least.
 
     Longest processing time first with a choice of degrees, a dozen ways for each batch, in place of its mixed-integer program,
     which takes 5 to 15 s a batch; one recomputation for all, as its batches have.
@@ -49,7 +49,7 @@ def flexsp(group: PackingGroup) -> MixedDegrees:
 
 
 def dynamic_cp(group: PackingGroup) -> MixedDegrees:
-    """Share out like Megatron-LM's dynamic context parallelism: the smallest degree that holds a sample, balance by attention."""
+    """Divide like Megatron-LM's dynamic context parallelism: the smallest degree that holds a sample, balance by attention."""
     return MixedDegrees(group=group, by_attention=True)
 
 
@@ -96,7 +96,7 @@ def assign_epoch(
     cost: CostModel,
     seed: int = 0,
 ) -> PackWork:
-    """Share out an epoch, batch by batch in random order; every sample is in one pack.
+    """Divide an epoch, batch by batch in random order; every sample is in one pack.
 
     Args:
         lengths: ``int32[num_samples]``.

@@ -63,7 +63,7 @@ class _MicroStep(NamedTuple):
 def assign_mixed(
     lengths: NDArray[np.int32], groups: Sequence[PackingGroup], *, world_size: int, cost: CostModel, seed: int = 0
 ) -> PackWork:
-    """Share out an epoch: micro-steps of long samples, each on the fewest ranks that are done in time, then those of short ones.
+    """Divide an epoch: micro-steps of long samples, each on the fewest ranks that are done in time, then those of short ones.
 
     As in `level_heavy`, the longest sample left heads a micro-step, others in order of length join it, and short samples fill
     all packs up to its time. Here each sample has a CP degree of its own, the head that with which least time is lost.
@@ -72,7 +72,7 @@ def assign_mixed(
         lengths: ``int32[num_samples]``.
         groups: settings of packs, one for each CP degree, from few ranks to many.
         world_size: ranks of the run.
-        cost: foretells seconds.
+        cost: predicts seconds.
         seed: of the order of short samples.
     """
     levels, load = _levels_of(groups, world_size), _load(lengths, groups, cost)

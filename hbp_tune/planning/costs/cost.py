@@ -1,4 +1,4 @@
-"""What samples and packs cost: whole numbers to balance by, seconds to foretell."""
+"""What samples and packs cost: whole numbers to balance by, seconds to predict."""
 
 from dataclasses import dataclass
 

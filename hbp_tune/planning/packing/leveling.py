@@ -117,7 +117,7 @@ def level_windows(
         pack_len: tokens that a pack holds.
         num_replicas: packs of a micro-step.
         accumulation: wanted micro-steps of an optimizer step.
-        heavy_slices: micro-steps of the same group that `level_heavy` made, to share out over the same steps.
+        heavy_slices: micro-steps of the same group that `level_heavy` made, to divide over the same steps.
 
     Returns:
         Packs, micro-step after micro-step, and ``int64[heavy_slices + micro-steps]``, the step of each of the heavy
@@ -130,7 +130,7 @@ def level_windows(
     steps_per_window = max(1, -(-_WINDOW_PACKS // (num_replicas * accumulation)))
     while True:
         num_slices = int(np.ceil(own.sum() / (fill * num_replicas * pack_len)))
-        # Micro-steps are shared out in turn, first the windows' and then the heavy ones.
+        # Micro-steps are divided in turn, first the windows' and then the heavy ones.
         step_of_slice = deal_micro_steps(num_slices + heavy_slices, accumulation)
         step_slices = np.bincount(step_of_slice[:num_slices], minlength=int(step_of_slice.max()) + 1)
         window_slices = np.add.reduceat(step_slices, np.arange(0, len(step_slices), steps_per_window))

@@ -1,1 +1,1 @@
-"""What a plan is: its records, how they are shared out over ranks, hashed and drawn."""
+"""What a plan is: its records, how they are divided over ranks, hashed and drawn."""

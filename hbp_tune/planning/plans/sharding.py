@@ -42,7 +42,7 @@ class CpDegrees:
     neighbours.
 
     Args:
-        ulysses: ranks that share out the heads of one part of the pack.
+        ulysses: ranks that divide the heads of one part of the pack.
         gather: parts of the pack, each with its own queries.
     """
 

@@ -93,7 +93,7 @@ def expected_time(plans: Sequence[EpochPlan], cost: CostModel, max_steps: int | 
 
     Args:
         plans: of the run's epochs.
-        cost: foretells the seconds.
+        cost: predicts the seconds.
         max_steps: optimizer steps after which the run ends, if it ends before its epochs do.
     """
     run_s, run_steps = 0.0, 0
