@@ -94,9 +94,11 @@ def draw() -> str:
         shapes.append(f'<path d="M{right} {begin}H{x}V{end}H{right + 5}" class="arrow" marker-end="url(#head)"/>')
     width, height = _LEFT + _WIDTH + _LANE * (len(lanes) + 1) + _LEFT, top[order[-1]] + _HEIGHT + _TOP
     style = (
-        ".box{fill:#f7f9fc;stroke:#c9d2df}.name{font-weight:bold;font-size:15px;fill:#1b2430}.text,.parts{font-size:12.5px;fill:#566173}"
+        ".name{font-weight:bold;font-size:15px;fill:#1b2430}.text,.parts{font-size:12.5px;fill:#566173}"
+        ".page{fill:#fff}.box{fill:#f7f9fc;stroke:#c9d2df}"
         ".arrow{fill:none;stroke:#2563eb;stroke-width:1.3}#head path{fill:#2563eb}"
-        "@media (prefers-color-scheme:dark){.box{fill:#1d2430;stroke:#3b4656}.name{fill:#e8edf4}.text,.parts{fill:#a9b4c4}"
+        "@media (prefers-color-scheme:dark){.page{fill:#11151b}.box{fill:#1d2430;stroke:#3b4656}"
+        ".name{fill:#e8edf4}.text,.parts{fill:#a9b4c4}"
         ".arrow{stroke:#7aa7ff}#head path{fill:#7aa7ff}}"
     )
     title = "Packages; an arrow leads to what a package uses, where that does not follow from others"
@@ -104,7 +106,8 @@ def draw() -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="system-ui, sans-serif" role="img">'
         f"<title>{title}</title><style>{style}</style>"
         '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        f'<path d="M0 0L8 4L0 8z"/></marker></defs>{"".join(shapes)}</svg>\n'
+        f'<path d="M0 0L8 4L0 8z"/></marker></defs><rect width="{width}" height="{height}" rx="8" class="page"/>'
+        f"{''.join(shapes)}</svg>\n"
     )
 
 
