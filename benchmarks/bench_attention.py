@@ -9,11 +9,11 @@ largest value. Kernels of a pack run in turn, the first rounds are left out, tim
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import cache
 
 import torch
+from lines import say
 from measuring import attention_flops, device, interleaved, machine, mixed_doc_lens
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -159,11 +159,11 @@ def main() -> None:
     parser.add_argument("--pack-lens", type=int, nargs="+", default=lengths)
     parser.add_argument("--repeats", type=int, default=10 if on.type == "cuda" else 5)
     arguments = parser.parse_args()
-    print(json.dumps(machine()), flush=True)
+    say(machine())
     for pack_len in arguments.pack_lens:
         for name, doc_lens in packs(pack_len).items():
             for line in cases(doc_lens, on, repeats=arguments.repeats):
-                print(json.dumps({"pack": name, "pack_len": sum(doc_lens), "documents": len(doc_lens), **line}), flush=True)
+                say({"pack": name, "pack_len": sum(doc_lens), "documents": len(doc_lens), **line})
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lines import say
+
 STEPS = 20
 GIB = 2**30
 PACK_LEN = 8192
@@ -179,7 +181,7 @@ def pack(data: Path, demo: Path, most_gib: float, most_s: float) -> None:
     packs = PackedDataset(rows, max_seq_len=PACK_LEN)
     line = {"rows_packed": rows.num_read, "stopped_by": rows.stopped_by, "packs": len(packs)}
     line |= {"pack_s": round(time.perf_counter() - start, 1), "anonymous_gib": round(memory_gib("RssAnon"), 3)}
-    print(json.dumps({"case": "PackedDataset", "rank": "each", **line}), flush=True)
+    say({"case": "PackedDataset", "rank": "each", **line})
 
 
 def run(command: list[str], env: dict[str, str]) -> list[dict[str, Any]]:
@@ -206,7 +208,7 @@ def measure(num_rows: int, directory: Path) -> None:
     subprocess.run([sys.executable, "-m", "hbp_tune.demo", "--dir", str(demo)], env=env, capture_output=True, check=True)
     start = time.perf_counter()
     write_rows(demo / "chat.jsonl", data, num_rows)
-    print(json.dumps({"case": "rows", "gib": data.stat().st_size / GIB, "write_s": time.perf_counter() - start}), flush=True)
+    say({"case": "rows", "gib": data.stat().st_size / GIB, "write_s": time.perf_counter() - start})
     config = Path(__file__).parents[1] / "configs/demo/tiny_llama_cpu.yaml"
     overrides = [
         f"dataset.data_files={data}",

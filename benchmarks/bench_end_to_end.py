@@ -20,7 +20,6 @@ that context parallelism (Ulysses) moved, counted over some steps, beside those 
 """
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import asdict
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from bench_step import Case, stock_step
+from lines import say
 from measuring import timed
 from omegaconf import DictConfig, OmegaConf
 from pinned import ISF, Recorder, demo_config, is_rank, profile_of, recorded_recipe, start_ranks
@@ -85,10 +85,6 @@ def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
     every_group = {group["name"] + str(group["cp_degree"]): group for groups, _ in every_case.values() for group in groups}
     measured = [PackingGroup(**{k: v for k, v in group.items() if k != "_component_"}) for group in every_group.values()]
     cost, rms_error = profile_of(base, measured)
-
-    def say(line: dict[str, Any]) -> None:
-        if dist.get_rank() == 0:
-            print(json.dumps(line), flush=True)
 
     here, there = cost.token_s / cost.square_s, CostModel().token_s / CostModel().square_s
     say({"double_len": round(here), "double_len_8b_h100": round(there), "long_as_8b": round(arguments.long * there / here)})

@@ -9,7 +9,6 @@ JSON line per case; `bound_mib` is the sum of what the case has to hold at its w
 """
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from lines import say
 from torch import Tensor
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
@@ -116,7 +116,7 @@ def run_case(case: str, args: argparse.Namespace) -> None:
         loss_of(*inputs).backward()
         times.append(seconds(device) - start)
     row = {"case": case, "peak_mib": round(peak_mib, 1), "bound_mib": bound_mib(case, args.tokens, inputs[1], args.chunk_tokens)}
-    print(json.dumps(row | {"lowest_s": round(min(times), 3), "median_s": round(sorted(times)[REPEATS // 2], 3)}), flush=True)
+    say(row | {"lowest_s": round(min(times), 3), "median_s": round(sorted(times)[REPEATS // 2], 3)})
 
 
 def main() -> None:

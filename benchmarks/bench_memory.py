@@ -15,11 +15,9 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from measuring import device, join_world, machine, random_decoder
+from measuring import PackedStep, device, join_world, machine
 
 from hbp_tune.data.batches.made import random_batch
-from hbp_tune.models import parallelize_decoder
-from hbp_tune.parallel import ForwardGradientHead, GroupSwitch, Ulysses, build_cp_meshes, select_attention
 from hbp_tune.planning import PackingGroup
 from hbp_tune.planning.costs.memory import (
     BF16_ADAMW,
@@ -178,27 +176,15 @@ def measured_step(shape: DecoderShape, group: PackingGroup, make_optimizer: Call
     gc.collect()  # what the case before has left: FSDP's modules refer to each other
     torch.cuda.empty_cache()
     on = device()
-    model = random_decoder(shape, on, MEASURED_DOC_LEN)
-    layers = parallelize_decoder(
-        model,
-        loss_head=ForwardGradientHead(),
-        device_type=on.type,
-        compute_dtype=torch.bfloat16,
-        separate=("tok_embeddings", "output"),
-    ).layers
-    optimizer = make_optimizer(model.parameters(), lr=1e-5)
-    attention, _ = select_attention("auto", on, torch.bfloat16)
-    switch = GroupSwitch(layers, build_cp_meshes([], on.type), attention, Ulysses())
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
     batch = random_batch([MEASURED_DOC_LEN] * (group.pack_len // MEASURED_DOC_LEN), group, shape.vocab_size).to(on)
+    step = PackedStep(shape, batch, on, max_seq_len=MEASURED_DOC_LEN, make_optimizer=make_optimizer)
+    for parameter in step.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    step.optimizer.step()
+    step.optimizer.zero_grad()
     torch.cuda.reset_peak_memory_stats()
-    context = switch.activate(batch)
-    arguments = {"input_pos": batch.input_pos, "labels": batch.labels, "loss_weights": batch.loss_weights}
-    model(batch.tokens, mask=context, **arguments).backward()
-    optimizer.step()
+    step.backward()
+    step.optimizer.step()
     return torch.cuda.max_memory_allocated() / GIB
 
 

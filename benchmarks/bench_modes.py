@@ -9,13 +9,14 @@ a JSON line per run with the seconds of its steps, the first two left out, per m
 configuration.
 """
 
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from lines import say
 
 REPEATS = 3
 PLANNER = "planner._component_=hbp_tune.components.BalancePlanner planner.mode={} planner.tokens_per_step=16384"
@@ -56,4 +57,4 @@ def run(case: str, overrides: list[str]) -> dict[str, object]:
 if __name__ == "__main__":
     for _ in range(REPEATS):
         for case in CASES:
-            print(json.dumps(run(case, sys.argv[1:])), flush=True)
+            say(run(case, sys.argv[1:]))

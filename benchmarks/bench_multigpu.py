@@ -9,29 +9,23 @@ moving and arranging is timed; bytes are what a rank receives. Steps: layers of 
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from measuring import default_shape, device, join_world, machine, random_decoder, step_flops, timed, with_layers
+from lines import say
+from measuring import PackedStep, default_shape, device, join_world, machine, step_flops, timed, with_layers
 from torch import Tensor
 
 from hbp_tune.data.batches.batch import Spans
 from hbp_tune.data.batches.made import random_batch
-from hbp_tune.models import adapt_decoder, separate_units
 from hbp_tune.parallel import (
     AllGatherKV,
     AutoContextParallel,
-    GroupSwitch,
     Ulysses,
-    apply_fsdp,
     build_cp_meshes,
-    build_fsdp_mesh,
-    make_checkpointable,
-    select_attention,
 )
 from hbp_tune.parallel.context_parallel import ContextParallel
 from hbp_tune.planning import AttentionHeads, CpDegrees, PackingGroup
@@ -112,26 +106,10 @@ def exchange(scheme: ContextParallel, cp_degree: int, shape: DecoderShape, size:
 
 def step(group: PackingGroup, shape: DecoderShape, size: Size, on: torch.device) -> dict[str, Any]:
     """Time a training step in which every CP group has one pack of one document."""
-    model = random_decoder(shape, on, group.pack_len)
-    dtype = next(model.parameters()).dtype
-    layers = adapt_decoder(model).layers
-    make_checkpointable(layers)
-    units = (*layers, *separate_units(model, ["tok_embeddings", "output"]))
-    apply_fsdp(model, units, build_fsdp_mesh(on.type), compute_dtype=dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     degrees = CpDegrees(ulysses=group.cp_degree)
-    attention, _ = select_attention("auto", on, dtype)
-    switch = GroupSwitch(layers, build_cp_meshes([degrees], on.type), attention, Ulysses())
     cp_rank = dist.get_rank() % group.cp_degree
     batch = random_batch([group.pack_len], group, shape.vocab_size, degrees=degrees, cp_rank=cp_rank).to(on)
-
-    def work() -> None:
-        context = switch.activate(batch)
-        arguments = {"input_pos": batch.input_pos, "labels": batch.labels, "loss_weights": batch.loss_weights}
-        model(batch.tokens, mask=context, **arguments).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    work = PackedStep(shape, batch, on, max_seq_len=group.pack_len, degrees=[degrees])
     if on.type == "cuda":
         torch.cuda.reset_peak_memory_stats(on)
     seconds = slowest(work, on, size.repeats)
@@ -145,11 +123,6 @@ def step(group: PackingGroup, shape: DecoderShape, size: Size, on: torch.device)
         "tflops_per_rank": round(flops / seconds / 1e12, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated(on) / 2**30, 1) if on.type == "cuda" else None,
     }
-
-
-def report(line: dict[str, Any]) -> None:
-    if dist.get_rank() == 0:
-        print(json.dumps(line), flush=True)
 
 
 def row(exchanges: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
@@ -169,19 +142,19 @@ def main() -> None:
     arguments = parser.parse_args()
     size = replace(size, num_layers=arguments.layers)
     join_world(on)
-    report(machine() | {"ranks": dist.get_world_size()})
+    say(machine() | {"ranks": dist.get_world_size()})
     shape = with_layers(default_shape(), size.num_layers)
     degrees = [degree for degree in (1, 2, 4, 8) if dist.get_world_size() % degree == 0]
     exchanges = []
     for cp_degree in degrees[1:]:
         for name, scheme in SCHEMES.items():
             exchanges.append({"scheme": name, "cp": cp_degree, **exchange(scheme, cp_degree, shape, size, on)})
-            report(exchanges[-1])
+            say(exchanges[-1])
     steps = []
     for pack_len, cp_degree in dict.fromkeys(((size.short_len, 1), (size.long_len, degrees[-1]))):
         group = PackingGroup(name="pack", pack_len=pack_len, cp_degree=cp_degree, ac_layers=size.num_layers)
         steps.append(step(group, shape, size, on))
-        report(steps[-1])
+        say(steps[-1])
     if dist.get_rank() == 0:
         print("\n| hardware | versions | exchange of one layer, forward and backward | steps |\n|---|---|---|---|")
         print(row(exchanges, steps))

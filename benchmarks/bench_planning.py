@@ -12,7 +12,6 @@ every token as a Python integer, the second looks at every open pack.
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 import resource
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lines import say
 from numpy.typing import NDArray
 
 from hbp_tune.data.store.lengths import read_lengths
@@ -150,7 +150,7 @@ def main() -> None:
         if any(name.startswith(each) for each in wanted):
             line = in_own_process(case, *args)
             num_samples = len(next(arg for arg in args if isinstance(arg, np.ndarray)))
-            print(json.dumps({"algorithm": name, "samples": num_samples, **line}), flush=True)
+            say({"algorithm": name, "samples": num_samples, **line})
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ those that the fitted cost model predicts; and a last line with the medians and 
 """
 
 import argparse
-import json
 import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from lines import say
 from omegaconf import DictConfig, OmegaConf
 from pinned import ISF, demo_config, is_rank, profile, recorded_recipe, start_ranks
 
@@ -75,8 +75,7 @@ def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
             # Cases differ in the steps that are left out: what an epoch takes at this pace.
             "epoch_s": round(sum(recorder.wall_s[warm:]) / simulated.micro_step_s[warm:].sum() * simulated.epoch_s, 2),
         }
-        if recipe.rank == 0:
-            print(json.dumps(line), flush=True)
+        say(line)
         return line
 
     lines = [train(name, repeat) for repeat in range(arguments.repeats) for name in cases]
@@ -88,7 +87,7 @@ def rank_main(arguments: argparse.Namespace, overrides: list[str]) -> None:
             "least_epoch_s": {name: min(epochs_s) for name, epochs_s in every_s.items()},
             "errors": [round(error, 3) for error in errors],
         }
-        print(json.dumps(summary | {"fit_rms": round(rms_error, 4)}), flush=True)
+        say(summary | {"fit_rms": round(rms_error, 4)})
 
 
 def main() -> None:

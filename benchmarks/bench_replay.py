@@ -7,11 +7,11 @@ of every plan runs once in this process on one thread, in CPU time, interleaved 
 its slowest pack, with nothing else counted. Prints a JSON line per plan: seconds of the epoch, and the share that ranks wait.
 """
 
-import json
 import time
 
 import numpy as np
 import torch
+from lines import say
 from numpy.typing import NDArray
 
 from hbp_tune.data import HierarchicalPackedDataset
@@ -87,7 +87,7 @@ def main() -> None:
         epoch_s = np.maximum.reduceat(pack_s[name], starts).sum()
         idle = 1 - pack_s[name].sum() / (epoch_s * RANKS)
         line = {"plan": name, "micro_steps": len(starts), "epoch_s": round(float(epoch_s), 2), "idle": round(float(idle), 4)}
-        print(json.dumps(line | {"all_packs_s": round(float(pack_s[name].sum()), 1)}), flush=True)
+        say(line | {"all_packs_s": round(float(pack_s[name].sum()), 1)})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ what a large matrix product reached in this run.
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,7 +22,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from lines import say
 from measuring import (
+    PackedStep,
     default_shape,
     device,
     join_world,
@@ -42,16 +43,7 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from hbp_tune.data import PackBatch
 from hbp_tune.data.batches.made import random_batch
-from hbp_tune.models import parallelize_decoder
-from hbp_tune.parallel import (
-    ForwardGradientHead,
-    GroupSwitch,
-    Ulysses,
-    apply_fsdp,
-    build_cp_meshes,
-    build_fsdp_mesh,
-    select_attention,
-)
+from hbp_tune.parallel import apply_fsdp, build_fsdp_mesh
 from hbp_tune.planning import PackingGroup
 from hbp_tune.planning.costs.hardware import gpu_of
 from hbp_tune.planning.costs.memory import BF16_ADAMW, DecoderShape
@@ -79,28 +71,7 @@ def most_layers(shape: DecoderShape, on: torch.device) -> int:
 
 
 def our_step(case: Case, shape: DecoderShape, batch: PackBatch, on: torch.device) -> Callable[[], None]:
-    model = random_decoder(shape, on, batch.num_tokens)
-    dtype = next(model.parameters()).dtype
-    layers = parallelize_decoder(
-        model,
-        loss_head=ForwardGradientHead(),
-        device_type=on.type,
-        compute_dtype=dtype,
-        compile_backend="inductor" if case.compiled else None,
-        separate=("tok_embeddings", "output"),
-    ).layers
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    attention, _ = select_attention("auto", on, dtype)
-    switch = GroupSwitch(layers, build_cp_meshes([], on.type), attention, Ulysses())
-
-    def step() -> None:
-        context = switch.activate(batch)
-        arguments = {"input_pos": batch.input_pos, "labels": batch.labels, "loss_weights": batch.loss_weights}
-        model(batch.tokens, mask=context, **arguments).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return PackedStep(shape, batch, on, max_seq_len=batch.num_tokens, compiled=case.compiled)
 
 
 def stock_step(case: Case, shape: DecoderShape, batch: PackBatch, on: torch.device) -> Callable[[], None]:
@@ -181,7 +152,7 @@ def main() -> None:
     shape = with_layers(default_shape(), arguments.layers or most_layers(default_shape(), on))
     doc_lens = mixed_doc_lens(arguments.pack_len, arguments.lengths, arguments.column)
     setting = {"layers": shape.num_layers, "embed_dim": shape.embed_dim, "pack_len": sum(doc_lens), "documents": len(doc_lens)}
-    print(json.dumps(machine() | setting), flush=True)
+    say(machine() | setting)
     cases = find_cases(shape, doc_lens, on, compiled=arguments.compile)
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for _ in range(arguments.rounds):
@@ -204,8 +175,8 @@ def main() -> None:
             "peak_gib": round(max(line[1] for line in rounds[name]), 2),
             "rounds_s": [round(line[0], 4) for line in rounds[name]],
         }
-        print(json.dumps(line), flush=True)
-    print(json.dumps({"matmul_tflops": round(matmul / 1e12, 3)}))
+        say(line)
+    say({"matmul_tflops": round(matmul / 1e12, 3)})
     dist.destroy_process_group()
 
 

@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lines import say
+
 WAYS = ("torchtune", "template")
 GIB = 2**30
 
@@ -109,7 +111,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> None:
             print(line, flush=True)
             seconds[way].append(json.loads(line)["total_s"])
     ratio = statistics.median(seconds["template"]) / statistics.median(seconds["torchtune"])
-    print(json.dumps({"template_over_torchtune": round(ratio, 3)}), flush=True)
+    say({"template_over_torchtune": round(ratio, 3)})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: work in FLOPs, peaks, timing, and packs with a decoder to put through."""
+"""What the benchmarks share: machine, timing, work in FLOPs, packs, a decoder, our training step."""
 
 import importlib.metadata
 import platform
@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ from torch import nn
 from torchtune import training
 from torchtune.models.llama3 import llama3
 
-from hbp_tune.data import read_lengths
-from hbp_tune.planning import ModelShape, synthetic_lengths
+from hbp_tune.data import PackBatch, read_lengths
+from hbp_tune.models import parallelize_decoder
+from hbp_tune.parallel import ForwardGradientHead, GroupSwitch, Ulysses, build_cp_meshes, select_attention
+from hbp_tune.planning import CpDegrees, ModelShape, synthetic_lengths
 from hbp_tune.planning.costs.memory import LLAMA3_1_8B_DECODER, DecoderShape
 
 TINY_DECODER = DecoderShape(
     num_layers=2, embed_dim=256, num_heads=8, num_kv_heads=2, head_dim=32, intermediate_dim=896, vocab_size=4096
 )
 CPU_NAME = "CPU"
+FUSED_ADAMW = partial(torch.optim.AdamW, fused=True)
 
 
 def device() -> torch.device:
@@ -120,6 +124,58 @@ def random_decoder(shape: DecoderShape, on: torch.device, max_seq_len: int) -> n
             intermediate_dim=shape.intermediate_dim,
             max_seq_len=max_seq_len,
         )
+
+
+class PackedStep:
+    """Our training step on one pack, as the recipe has it: FSDP2, the loss head, the group's mesh and recomputation.
+
+    Args:
+        shape: of a decoder with random weights.
+        batch: the pack, on its device.
+        on: this rank's device.
+        max_seq_len: positions that the decoder has.
+        compiled: its layers by torch.compile.
+        degrees: layouts of context parallelism that the pack needs a mesh for.
+        make_optimizer: of the parameters.
+    """
+
+    def __init__(
+        self,
+        shape: DecoderShape,
+        batch: PackBatch,
+        on: torch.device,
+        *,
+        max_seq_len: int,
+        compiled: bool = False,
+        degrees: Sequence[CpDegrees] = (),
+        make_optimizer: Callable[..., torch.optim.Optimizer] = FUSED_ADAMW,
+    ) -> None:
+        self.model = random_decoder(shape, on, max_seq_len)
+        dtype = next(self.model.parameters()).dtype
+        layers = parallelize_decoder(
+            self.model,
+            loss_head=ForwardGradientHead(),
+            device_type=on.type,
+            compute_dtype=dtype,
+            compile_backend="inductor" if compiled else None,
+            separate=("tok_embeddings", "output"),
+        ).layers
+        self.optimizer = make_optimizer(self.model.parameters(), lr=1e-5)
+        attention, _ = select_attention("auto", on, dtype)
+        self._switch = GroupSwitch(layers, build_cp_meshes(degrees, on.type), attention, Ulysses())
+        self._batch = batch
+
+    def backward(self) -> None:
+        """Run forward and backward."""
+        batch, context = self._batch, self._switch.activate(self._batch)
+        arguments = {"input_pos": batch.input_pos, "labels": batch.labels, "loss_weights": batch.loss_weights}
+        self.model(batch.tokens, mask=context, **arguments).backward()
+
+    def __call__(self) -> None:
+        """Run a whole step."""
+        self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 def with_layers(shape: DecoderShape, num_layers: int | None) -> DecoderShape:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+import hbp_tune
 from hbp_tune.planning import CostModel, PackingGroup, fit_rates
 from hbp_tune.recipes import hbp_full_finetune_distributed as training_recipe
 from hbp_tune.recipes.hbp_profile_groups import TYPICAL_LENS, HBPProfileGroupsRecipe, typical_docs
@@ -99,17 +100,17 @@ def _fitted(profiler: HBPProfileGroupsRecipe) -> tuple[CostModel, float]:
 def recorded_recipe(cfg: DictConfig) -> tuple[Any, Recorder]:
     """Set a training recipe up that exports nothing, and the recorder of its micro-steps."""
     recorders: list[Recorder] = []
-    clock_of = training_recipe.busy_clock
+    clock_of = hbp_tune.training.busy_clock
 
     def recording(*args: Any) -> Recorder:
         recorders.append(Recorder(clock_of(*args)))
         return recorders[-1]
 
-    training_recipe.busy_clock = recording  # type: ignore[assignment]
+    hbp_tune.training.busy_clock = recording  # type: ignore[assignment]
     try:
         recipe = training_recipe.HBPFullFinetuneRecipeDistributed(cfg)
         recipe.setup(cfg)
     finally:
-        training_recipe.busy_clock = clock_of
+        hbp_tune.training.busy_clock = clock_of
     recipe.save_checkpoint = lambda epoch: None  # type: ignore[method-assign]
     return recipe, recorders[0]
