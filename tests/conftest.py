@@ -13,6 +13,18 @@ def pytest_configure() -> None:
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
+# What starts processes, in a test's own lines.
+_STARTS = {"subprocess", "multiprocessing", "RankPool", "run_ranks", "start_process"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that start processes, which `make check` leaves to `make test`."""
+    for item in items:
+        names = set(item.function.__code__.co_names) if isinstance(item, pytest.Function) else set()
+        if "ranks" in getattr(item, "fixturenames", ()) or names & _STARTS or "gpu" in item.path.parts:
+            item.add_marker("processes")
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RankPool]]:
     """Give the pool of a world size, started when it is first asked for."""

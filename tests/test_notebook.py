@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import hbp_tune
 from hbp_tune import components
+from hbp_tune.config.packaged import packaged_configs
 from hbp_tune.errors import ConfigError, DataError
 from hbp_tune.models import decoder_shape, model_shape
 from hbp_tune.planning import MODELS, BalancePlanner, CostModel, PackingGroup, ShortFirst, known_model
+from hbp_tune.recipes.hbp_plan import HBPPlanRecipe
 from hbp_tune.reporting import read_plan
 
 LENGTHS = np.append(np.random.default_rng(0).lognormal(6, 1.3, 3999).astype(int).clip(1, 65536), 65536)
@@ -88,12 +91,12 @@ def test_what_it_shows() -> None:
 
 def test_groups_are_those_of_hbp_plan(tmp_path: Path) -> None:
     np.save(tmp_path / "lengths.npy", LENGTHS)
-    command = [sys.executable, "-m", "hbp_tune.cli", "plan", "--config", "llama3_1/8B_hbp_full", "groups=auto", "world_size=8"]
-    command += [f"lengths={tmp_path}/lengths.npy", f"output_dir={tmp_path}/out"]
-    subprocess.run(command, check=True, capture_output=True)
-    groups = [group.pack_len for group in hbp_tune.plan(str(tmp_path / "lengths.npy"), seed=42).groups]
-    written = [int(length) for length in re.findall(r"pack_len: (\d+)", (tmp_path / "out/groups.yaml").read_text())]
-    assert groups == written
+    cfg = OmegaConf.load(packaged_configs()["llama3_1/8B_hbp_full"])
+    cfg.merge_with({"lengths": str(tmp_path / "lengths.npy"), "world_size": 8, "output_dir": str(tmp_path)})
+    cfg.groups = "auto"
+    recipe = HBPPlanRecipe(cfg)
+    recipe.setup(cfg)
+    assert hbp_tune.plan(str(tmp_path / "lengths.npy"), seed=42).groups == recipe._groups
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,8 @@ def test_counts_and_the_first_sample(arguments: list[str], capsys: pytest.Captur
     assert "Data set chats: 4 rows, 1 of them bad" in flat
     assert "OpenAI messages in column 'messages'; trains on assistant turns" in flat
     assert "1 sample: spells <|eot_id|> in its text, read as that token" in flat
-    assert "chats.jsonl:4: no turn is trained: train_on and the messages' weight leave out all" in flat.replace("- ", "-")
+    told = "chats.jsonl:4: no turn is trained: train_on and the messages' weight leave out all"
+    assert told.replace(" ", "") in "".join(output.split()), "wherever the folder's name is broken"
     assert "1 sample over the length of group 'long' of 8,192 tokens; planner.overlong is error." in flat
     assert "+ In the sea.<|eot_id|>" in output.splitlines()
     assert "  Where?<|eot_id|>" in output.splitlines()
@@ -67,7 +68,7 @@ def test_a_long_row_shows_where_it_begins_and_ends(
 ) -> None:
     page = tmp_path / "row.html"
     output = shown([*arguments, "--row", "1", "--page", str(page)], capsys)
-    assert "chats.jsonl:2: 2 turns" in " ".join(output.split())
+    assert "chats.jsonl:2:2turns" in "".join(output.split()), "wherever the folder's name is broken"
     assert " tokens ...]" in output
     assert "+ It ends.<|eot_id|>" in output.splitlines()
     text = page.read_text()

@@ -51,7 +51,7 @@ def config(tmp_path: Path) -> DictConfig:
     return cfg
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_groups_are_measured_chosen_and_saved(ranks: Callable[[int], RankPool], tmp_path: Path, world_size: int) -> None:
     cfg = config(tmp_path)
     results = ranks(world_size).run(profile_job, cfg)

@@ -59,8 +59,10 @@ def test_an_epoch_is_long_enough_to_stop_inside(uninterrupted: list[dict[str, An
     assert {step["cp_degree"] for step in uninterrupted} == {1, 2}
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("crash_step", [5, 14])
+@pytest.mark.parametrize(
+    ("crash_step", "num_workers"),
+    [(5, 0), (14, 2), pytest.param(5, 2, marks=pytest.mark.slow), pytest.param(14, 0, marks=pytest.mark.slow)],
+)
 def test_resumed_run_equals_uninterrupted_run(
     ranks: Callable[[int], RankPool], tmp_path: Path, uninterrupted: list[dict[str, Any]], num_workers: int, crash_step: int
 ) -> None:
@@ -70,16 +72,22 @@ def test_resumed_run_equals_uninterrupted_run(
     assert numbers(resumed) == numbers(uninterrupted[last_saved:])
 
 
+def plan_hash_job(cfg: DictConfig) -> str:
+    recipe = HBPFullFinetuneRecipeDistributed(cfg)
+    recipe.setup(cfg)
+    return recipe._plan_hashes[0]
+
+
 def test_a_longer_run_goes_on_by_the_plan_that_it_began_with(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
     """A curriculum that lasts a share of the run would order the epoch in progress otherwise, were it told of another length."""
-    curriculum = {"_component_": "hbp_tune.components.ShortFirst", "steps": 0.3}
-    whole = ranks(2).run(run_recipe_job, make_config(tmp_path / "whole", epochs=1, curriculum=curriculum, lr_scheduler=None))[0]
-    begun = make_config(tmp_path / "longer", epochs=1, curriculum=curriculum, lr_scheduler=None)
-    ranks(2).run(run_until_crash_job, begun, 4)
-    longer = OmegaConf.merge(begun, {"epochs": 2, "resume_from_checkpoint": True})
-    resumed = ranks(2).run(run_recipe_job, longer)[0]
-    assert numbers(resumed)[: len(whole) - 3] == numbers(whole)[3:]
-    assert len(resumed) > len(whole)
+    curriculum = {"_component_": "hbp_tune.components.LinearRamp", "steps": 0.5}
+    cfg = make_config(tmp_path, epochs=1, curriculum=curriculum)
+    ranks(2).run(run_until_crash_job, cfg, 4)
+    longer = OmegaConf.merge(cfg, {"epochs": 2, "resume_from_checkpoint": True})
+    begun, resumed = (ranks(2).run(plan_hash_job, each)[0] for each in (cfg | {"output_dir": str(tmp_path / "other")}, longer))
+    assert resumed == begun
+    fresh = OmegaConf.merge(longer, {"output_dir": str(tmp_path / "fresh"), "resume_from_checkpoint": False})
+    assert ranks(2).run(plan_hash_job, fresh)[0] != begun, "a run that is longer from the start is another"
 
 
 def test_half_written_progress_is_never_the_newest(

@@ -71,8 +71,12 @@ def dtypes_job(cfg: DictConfig) -> tuple[list[dict[str, Any]], set[torch.dtype]]
 
 @pytest.mark.parametrize(
     ("settings", "weights"),
-    [({"dtype": "bf16"}, torch.bfloat16), ({"dtype": "fp32", "compute_dtype": "bf16"}, torch.float32)],
-    ids=["bf16", "bf16 with fp32 master weights"],
+    [
+        pytest.param({"dtype": "bf16"}, torch.bfloat16, id="bf16"),
+        pytest.param(
+            {"dtype": "fp32", "compute_dtype": "bf16"}, torch.float32, id="bf16 with fp32 master weights", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_half_precision_stays_near_single(
     ranks: Callable[[int], RankPool], tmp_path: Path, settings: dict[str, str], weights: torch.dtype

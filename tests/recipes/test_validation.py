@@ -81,7 +81,13 @@ def train_job(cfg: DictConfig) -> tuple[list[dict[str, Any]], torch.Tensor, list
     return steps, torch.get_rng_state(), weights, {module.training for module in recipe._model.modules()}
 
 
-@pytest.mark.parametrize("settings", [{}, {"fsdp_reshard_after_forward": False, "num_workers": 1}], ids=["default", "kept"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="default"),
+        pytest.param({"fsdp_reshard_after_forward": False, "num_workers": 1}, id="kept", marks=pytest.mark.slow),
+    ],
+)
 def test_training_is_the_same_with_and_without_validation(
     ranks: Callable[[int], RankPool], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
