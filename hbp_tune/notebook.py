@@ -63,7 +63,7 @@ def plan(
 
     Raises:
         ConfigError: an argument is out of range, or no groups fit.
-        DataError: lengths are no whole numbers of at least 1.
+        DataError: lengths are not whole numbers of at least 1.
     """  # noqa: DOC502 - the functions called here raise the second
     start = time.perf_counter()
     numbers, lengths_from = _lengths(lengths)
@@ -204,7 +204,7 @@ def _lengths(lengths: Sequence[int] | NDArray[Any] | str) -> tuple[NDArray[np.in
     try:
         return synthetic_lengths(lengths)[0], f"synthetic lengths, {lengths}"
     except ConfigError as error:
-        raise ConfigError(f"lengths={lengths!r} is no file ({', '.join(LENGTH_SUFFIXES)}), and {error}") from error
+        raise ConfigError(f"lengths={lengths!r} is not a file ({', '.join(LENGTH_SUFFIXES)}), and {error}") from error
 
 
 def _choose(

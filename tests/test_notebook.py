@@ -106,8 +106,8 @@ def test_groups_are_those_of_hbp_plan(tmp_path: Path) -> None:
         ([5, 0], DataError, "lengths: row 1 is 0, a sample has at least 1 token"),
         ([5, 1.5], DataError, "lengths: row 1 is 1.5, no whole number"),
         ([[5, 6]], DataError, "lengths holds list"),
-        (np.ones((2, 2), dtype=int), DataError, "lengths are no row of numbers"),
-        ("tulu4", ConfigError, r"lengths='tulu4' is no file \(.csv, .csv.gz, .parquet, .npy\), and"),
+        (np.ones((2, 2), dtype=int), DataError, "lengths are not a row of numbers"),
+        ("tulu4", ConfigError, r"lengths='tulu4' is not a file \(.csv, .csv.gz, .parquet, .npy\), and"),
         ("no.csv", DataError, "lengths file no.csv does not exist"),
     ],
 )

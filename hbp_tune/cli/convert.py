@@ -79,7 +79,7 @@ def stock_config(cfg: Any, name: str) -> DictConfig:
     """
     if not isinstance(cfg, DictConfig) or not {"model", "dataset", "checkpointer"} <= set(cfg):
         raise ConfigError(
-            f"{name} is no configuration of torchtune's full_finetune recipes: it has no model, dataset or checkpointer"
+            f"{name} is not a configuration of torchtune's full_finetune recipes: it has no model, dataset or checkpointer"
         )
     if cfg.get("groups") or cfg.get("groups_file"):
         raise ConfigError(f"{name} has packing groups: there is nothing to convert")

@@ -87,7 +87,7 @@ def _samples_of_row(data: LoadedData, store: TokenStore, row: str) -> list[int]:
     """Find the samples that a row gave.
 
     Raises:
-        ConfigError: there is no such row, or it is no sample.
+        ConfigError: there is no such row, or it is not a sample.
     """
     label, _, number = row.rpartition(":")
     labels = list(data.labels)
@@ -102,7 +102,7 @@ def _samples_of_row(data: LoadedData, store: TokenStore, row: str) -> list[int]:
     loaded = index if of_source.rows is None else int(np.searchsorted(of_source.rows, index))
     bad = {bad_row.row: bad_row.reason for bad_row in store.bad_rows if bad_row.source == source}
     if index in of_source.bad_rows or loaded in bad:
-        raise ConfigError(f"--row {row} is no training sample: {of_source.bad_rows.get(index) or bad[loaded]}")
+        raise ConfigError(f"--row {row} is not a training sample: {of_source.bad_rows.get(index) or bad[loaded]}")
     return [int(i) for i in np.flatnonzero((store.sources == source) & (store.rows == loaded))]
 
 

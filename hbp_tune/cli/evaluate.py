@@ -33,7 +33,7 @@ def add_eval(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     if wrong := next((override for override in args.overrides if "=" not in override), None):
-        raise ConfigError(f"{wrong!r} is no override; write key=value")
+        raise ConfigError(f"{wrong!r} is not an override; write key=value")
     cfg = OmegaConf.merge(read_mapping(find(args.config)), OmegaConf.from_dotlist(list(args.overrides)))
     assert isinstance(cfg, DictConfig)
     OmegaConf.resolve(cfg)

@@ -19,15 +19,15 @@ def groups_of(cfg: Mapping[str, Any]) -> tuple[PackingGroup, ...]:
     """Build the packing groups of a configuration: those of ``groups_file`` where that is set, else ``groups``.
 
     Raises:
-        ConfigError: the file does not exist, or is no list of groups; or ``groups`` is a word, which only ``hbp_plan`` takes.
+        ConfigError: the file does not exist, or is not a list of groups; or ``groups`` is a word, which only ``hbp_plan`` takes.
     """
     nodes = cfg.get("groups")
     if path := cfg.get("groups_file"):
         nodes = _read(Path(path))
     elif isinstance(nodes, str):
         raise ConfigError(
-            f"groups={nodes} is no list of groups; choose them with `tune run hbp_plan --config ... groups=auto`, and train with "
-            f"groups_file=PATH of what it writes"
+            f"groups={nodes} is not a list of groups; choose them by `tune run hbp_plan --config ... groups=auto`, and train "
+            f"with groups_file=PATH of the file that it writes"
         )
     return tuple(build("groups", node) for node in nodes or ())
 

@@ -63,7 +63,7 @@ def read_yaml(path: Path, option: str = "") -> Any:
     try:
         return OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:  # omegaconf raises OSError for a bare number
-        raise ConfigError(f"{option}{path} is no valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{option}{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def read_mapping(path: Path, option: str = "") -> DictConfig:
@@ -86,7 +86,7 @@ def read_overrides(arguments: Sequence[str], path: Path) -> list[str]:
         path: of the configuration that they override.
 
     Raises:
-        ConfigError: one is no override, or means something else than it looks like.
+        ConfigError: one is not an override, or means something else than it looks like.
     """
     escaped = [argument if argument.startswith("~") else _escaped(argument) for argument in arguments]
     merged = merge_list_overrides(escaped, path)
@@ -106,7 +106,7 @@ def _escaped(argument: str) -> str:
     """
     key, sign, value = argument.partition("=")
     if not sign or not key or key.startswith("-"):
-        raise ConfigError(f"{argument!r} on the command line is no override; write key=value, without spaces around the =")
+        raise ConfigError(f"{argument!r} on the command line is not an override; write key=value, without spaces around the =")
     if problem := _misread(value.strip()):
         quoted = shlex.quote(f"{key}={json.dumps(value, ensure_ascii=False)}")
         raise ConfigError(f"{argument}: YAML reads the value as {problem}; if it is text, quote it: {quoted}")
@@ -201,7 +201,7 @@ def run_recipe(recipe_main: Callable[[], Any]) -> None:
         end_in_one_line(error)
     except KeyboardInterrupt:  # the user knows
         raise SystemExit(128 + signal.SIGINT) from None
-    except BaseException as error:  # torch's `CheckpointException` is no `Exception`
+    except BaseException as error:  # torch's `CheckpointException` is not an `Exception`
         if is_lost_contact(error):
             end_after_cause(error)
         if not isinstance(error, SystemExit):

@@ -113,7 +113,7 @@ def dataset_settings(dataset: Any, key: str = "dataset") -> tuple[DatasetSetting
         key: that it stands under, for errors.
 
     Raises:
-        ConfigError: a weight is no number above 0, two labels are the same, or a data file is missing or empty.
+        ConfigError: a weight is not a number above 0, two labels are the same, or a data file is missing or empty.
     """
     nodes = {name: _plain(node) for name, node in dataset_nodes(dataset, key).items()}
     labels = _labels(list(nodes.values()), key)
@@ -178,7 +178,7 @@ def _labels(nodes: Sequence[Mapping[str, Any]], key: str) -> list[str]:
     """Give each data set a label: its own, or its file's or hub repository's name with a number where another has that too.
 
     Raises:
-        ConfigError: a label is given twice, or is no text.
+        ConfigError: a label is given twice, or is not text.
     """
     given = [node["label"] for node in nodes if node.get("label") is not None]
     for label in given:

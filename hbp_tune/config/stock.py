@@ -147,7 +147,7 @@ def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> 
     if (resume := cfg.get("resume_from_checkpoint")) not in (None, True, False, "auto"):
         raise ConfigError(f"resume_from_checkpoint={resume} must be True, False, or auto: resume where there is saved progress")
     if cfg.get("bad_rows") not in (None, "error", "drop"):
-        raise ConfigError(f"bad_rows={cfg['bad_rows']} is no policy; choose error or drop")
+        raise ConfigError(f"bad_rows={cfg['bad_rows']} is not a policy; choose error or drop")
     if not cfg.get("groups") and not cfg.get("groups_file"):
         raise ConfigError(
             "config key 'groups' is missing; the least is groups: "

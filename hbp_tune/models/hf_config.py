@@ -1,4 +1,4 @@
-"""What Hugging Face's config.json says of positions, beside the model that is trained: rotary embeddings are no weights."""
+"""What Hugging Face's config.json says of positions, beside the model that is trained: rotary embeddings are not weights."""
 
 import json
 from dataclasses import dataclass

@@ -43,7 +43,7 @@ def adapt_decoder(model: nn.Module, *, loss_head: LossHead | None = None) -> Dec
         loss_head: turns the last hidden states into the loss; `ForwardGradientHead` where left out.
 
     Raises:
-        ConfigError: the model is no decoder of plain self-attention layers, or has dropout in its attention.
+        ConfigError: the model is not a decoder of plain self-attention layers, or has dropout in its attention.
     """
     if type(model) is not TransformerDecoder:
         raise ConfigError(

@@ -47,7 +47,7 @@ def from_all_ranks(value: T, pg: dist.ProcessGroup | None = None) -> list[T]:
 def together(work: Callable[["Watch"], T], *, name: str, timeout_s: float, timeout_key: str = "timeout_s") -> T:
     """Let every rank work at its own pace, then wait until all have done so; an error of one is soon raised on all.
 
-    Every rank must call it, but it is no collective: no time-out of a process group runs meanwhile.
+    Every rank must call it, but it is not a collective: no time-out of a process group runs meanwhile.
 
     Args:
         work: called with a `Watch`, to be called in turn at least every few seconds of work that takes long.

@@ -177,7 +177,7 @@ def select_attention(name: str, device: torch.device, compute_dtype: torch.dtype
         ConfigError: there is no such kernel, or it cannot run here.
     """
     if name not in ("auto", *_KERNELS):
-        raise ConfigError(f"attention={name!r} is no kernel; choose auto or one of {', '.join(_KERNELS)}")
+        raise ConfigError(f"attention={name!r} is not a kernel; choose auto or one of {', '.join(_KERNELS)}")
     half = compute_dtype in (torch.bfloat16, torch.float16)
     here = f"{str(compute_dtype).removeprefix('torch.')} on {device.type}"
     if name in ("cudnn", "varlen", "flash") and not (device.type == "cuda" and half):

@@ -129,12 +129,12 @@ class UlyssesAllGather(_DividedAttention):
         """Divide heads by ``ulysses_degree`` and queries by the rest; see `ContextParallel`.
 
         Raises:
-            ConfigError: a larger CP degree is no multiple of ``ulysses_degree``.
+            ConfigError: a larger CP degree is not a multiple of ``ulysses_degree``.
         """
         ulysses = min(self.ulysses_degree, cp_degree)
         if cp_degree % ulysses:
             raise ConfigError(
-                f"cp_degree={cp_degree} is no multiple of ulysses_degree={ulysses}; set one to a multiple of the other, or "
+                f"cp_degree={cp_degree} is not a multiple of ulysses_degree={ulysses}; set one to a multiple of the other, or "
                 f"context_parallel to auto"
             )
         return (CpDegrees(ulysses=ulysses, gather=cp_degree // ulysses),)
@@ -189,7 +189,7 @@ def select_context_parallel(scheme: str | ContextParallel) -> ContextParallel:
     if not isinstance(scheme, str):
         return scheme
     if scheme not in _SCHEMES:
-        raise ConfigError(f"context_parallel={scheme!r} is no scheme; choose one of {', '.join(_SCHEMES)}, or a _component_")
+        raise ConfigError(f"context_parallel={scheme!r} is not a scheme; choose one of {', '.join(_SCHEMES)}, or a _component_")
     return _SCHEMES[scheme]()
 
 

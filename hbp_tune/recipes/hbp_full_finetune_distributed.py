@@ -312,7 +312,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         with training.set_default_dtype(self._dtype), self._device:
             for module in self._model.modules():
                 if hasattr(module, "rope_init"):
-                    cast(Any, module).rope_init()  # positions are no weights: they are not in the checkpoint
+                    cast(Any, module).rope_init()  # positions are not weights: they are not in the checkpoint
         training.load_from_full_model_state_dict(
             self._model, state_dict, self._device, strict=True, cpu_offload=self._cpu_offload
         )

@@ -170,7 +170,7 @@ class HBPPlanRecipe:
                 self._lengths, self._classes = hbp.planning.synthetic_lengths(name, num_samples)
             except hbp.ConfigError as error:
                 raise hbp.ConfigError(
-                    f"lengths={name} is no file ({', '.join(hbp.data.LENGTH_SUFFIXES)}), and {error}"
+                    f"lengths={name} is not a file ({', '.join(hbp.data.LENGTH_SUFFIXES)}), and {error}"
                 ) from error
             self._lengths_from = f"synthetic lengths, {name}"
         self._count_targets = lambda longest: np.ones_like(self._lengths)  # nobody knows them

@@ -20,7 +20,7 @@ def write_count(num: int, noun: str) -> str:
 
 
 def write_tokens(num_tokens: int) -> str:
-    """Write a length shortly: 16K for 16384, plain where it is no multiple of 1024."""
+    """Write a length shortly: 16K for 16384, plain where it is not a multiple of 1024."""
     return f"{num_tokens // 1024:,}K" if num_tokens % 1024 == 0 and num_tokens else f"{num_tokens:,}"
 
 

@@ -37,7 +37,7 @@ def first_disk_problem(work: Callable[[], object], pg: dist.ProcessGroup) -> str
     problem = None
     try:
         work()
-    except BaseException as error:  # `CheckpointException` is no `Exception`
+    except BaseException as error:  # `CheckpointException` is not an `Exception`
         if (problem := disk_problem(error)) is None:
             raise
     return next((each for each in from_all_ranks(problem, pg) if each), None)

@@ -121,7 +121,7 @@ def test_a_broken_file_is_named_in_one_line(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "bad.yaml").write_text("a: [1\n")
     assert main([command, str(tmp_path / "bad.yaml"), *([str(tmp_path / "new.yaml")] if command == "convert" else [])]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path}/bad.yaml is no valid YAML: ")
+    assert error.startswith(f"error: {tmp_path}/bad.yaml is not valid YAML: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "new.yaml").exists()
 

@@ -91,6 +91,6 @@ def test_what_cannot_be_converted_says_why(tmp_path: Path, capsys: pytest.Captur
         "llama3_1/8B_full", "--gpu", "L4", "--world-size", "1"
     )
     (tmp_path / "list.yaml").write_text("- 1\n")
-    assert "is no configuration of torchtune's full_finetune recipes" in error(str(tmp_path / "list.yaml"))
+    assert "is not a configuration of torchtune's full_finetune recipes" in error(str(tmp_path / "list.yaml"))
     (tmp_path / "my.yaml").write_text("")
     assert "exists; remove it, or choose another file" in error("llama3_1/8B_full")

@@ -79,7 +79,7 @@ def test_a_long_row_shows_where_it_begins_and_ends(
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ("3", "--row 3 is no training sample: no turn is trained"),
+        ("3", "--row 3 is not a training sample: no turn is trained"),
         ("4", "--row 4: chats has 4 rows, counted from 0"),
         ("x", "--row x must be a row's number, or LABEL:number; labels are chats"),
         ("²", "--row ² must be a row's number, or LABEL:number"),

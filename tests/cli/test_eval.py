@@ -42,4 +42,4 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path, capsys: pytest.Capt
     assert main(["eval", "demo/tiny_llama_cpu", "--checkpoint", str(tmp_path)]) == 2
     assert f"error: {tmp_path} holds no *.safetensors" in capsys.readouterr().err
     assert main(["eval", "demo/tiny_llama_cpu", "hellaswag"]) == 2
-    assert "error: 'hellaswag' is no override; write key=value" in capsys.readouterr().err
+    assert "error: 'hellaswag' is not an override; write key=value" in capsys.readouterr().err

@@ -53,10 +53,10 @@ def test_an_unknown_name_lists_all_packaged_ones(name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a: [1\n", "is no valid YAML: .*line 2"),
-        (b"a: 1\na: 2\n", "is no valid YAML: .*duplicate key a"),
-        (b"a: \xff\xfe\n", "is no valid YAML: "),
-        (b"5\n", "is no valid YAML: "),
+        (b"a: [1\n", "is not valid YAML: .*line 2"),
+        (b"a: 1\na: 2\n", "is not valid YAML: .*duplicate key a"),
+        (b"a: \xff\xfe\n", "is not valid YAML: "),
+        (b"5\n", "is not valid YAML: "),
         (b"- a\n- b\n", "must hold a mapping of keys to values"),
     ],
 )
@@ -217,9 +217,9 @@ MISTAKEN = [
     ("groups.0.name=- a", "YAML reads the value as a list"),
     ("x=&a b", "YAML reads the value as 'b'"),
     ("x=a\nb", "YAML reads the value as 'a b'"),
-    ("epochs", "'epochs' on the command line is no override; write key=value"),
-    ("=", "'=' on the command line is no override"),
-    ("--epochs=3", "'--epochs=3' on the command line is no override"),
+    ("epochs", "'epochs' on the command line is not an override; write key=value"),
+    ("=", "'=' on the command line is not an override"),
+    ("--epochs=3", "'--epochs=3' on the command line is not an override"),
     ("~epoch", "Could not find key epoch"),
     ("x=${", "no viable alternative"),
 ]

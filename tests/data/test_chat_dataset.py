@@ -203,9 +203,9 @@ def test_token_ids(file):
         ({"input_ids": [5, 100]}, "input_ids holds 100, the tokenizer has ids of 0 to 99"),
         ({"input_ids": [5, -1]}, "input_ids holds -1, the tokenizer has ids of 0 to 99"),
         ({"input_ids": [5, 6], "labels": [6, -100]}, "labels must equal input_ids or be -100, not shifted; these are others"),
-        ({"input_ids": [5, 6], "labels": [6]}, "labels are no list of as many as input_ids: 2"),
+        ({"input_ids": [5, 6], "labels": [6]}, "labels are not a list of as many as input_ids: 2"),
         ({"input_ids": [5, 6], "attention_mask": [1, 0]}, "attention_mask is 0 somewhere: padding has no place here, cut it off"),
-        ({"input_ids": []}, "input_ids is no list of token ids"),
+        ({"input_ids": []}, "input_ids is not a list of token ids"),
         ({"input_ids": [5, 6], "attention_mask": 1}, "attention_mask is 0 somewhere: padding has no place here, cut it off"),
     ],
 )
@@ -224,8 +224,8 @@ def test_token_ids_that_do_not_fit(file, row, reason):
         ([user("a")], "no assistant turn"),
         ([{"role": "system", "content": "a"}], "only system messages"),
         ([], "no messages"),
-        (None, "messages are no list but null"),
-        (["a"], "messages are no objects with a role and content"),
+        (None, "messages are not a list but null"),
+        (["a"], "messages are not objects with a role and content"),
         ([user("a"), assistant(None)], "null content"),
         (
             [user("a"), {"role": "narrator", "content": "b"}],
@@ -273,7 +273,7 @@ def test_an_empty_text_is_no_tool(file):
 
 def test_a_history_that_is_none_is_refused(file):
     good = {"instruction": "a", "input": "", "output": "b"}
-    assert fault(file, good | {"history": 5}, good=good) == "history is no list of pairs of question and answer"
+    assert fault(file, good | {"history": 5}, good=good) == "history is not a list of pairs of question and answer"
 
 
 def test_alpaca_s_input_is_called_context_too(file):
@@ -299,7 +299,7 @@ def test_token_ids_with_a_mask(file, column):
     dataset = ChatDataset(Recorder(), data_files=lines(file, *rows))
     assert [dataset[i]["labels"].tolist() for i in range(2)] == [[-100, 6, 7], [-100, 6, -100]]
     wrong = fault(file, {"input_ids": [5, 6], column: [1]}, good=rows[0])
-    assert wrong == f"{column} is no list of as many as input_ids, each 0 or 1"
+    assert wrong == f"{column} is not a list of as many as input_ids, each 0 or 1"
 
 
 GOOD, BAD = [assistant("good")], [assistant("bad")]
@@ -354,7 +354,7 @@ def test_a_system_turn_of_the_messages_stands_before_the_row_s(file, own, notes)
     (conversation,), dataset = read(file, {"messages": messages, "system": "s"})
     assert conversation.messages == messages
     assert dataset[0]["notes"] == notes
-    assert fault(file, {"messages": messages, "system": {"x": 1}}) == "system is no text but dict"
+    assert fault(file, {"messages": messages, "system": {"x": 1}}) == "system is not text but dict"
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_other_names_by_a_mapping(file):
         ({"rewritten_turns": "no"}, "dataset: rewritten_turns=no must be one of mask, split, train"),
         ({"source": "some/name"}, "source=some/name and data_files are two sources; set one of them to null"),
         ({"roles": {"bot": "model"}}, r"dataset: roles={bot: ...}=model must be one of system, user, assistant, "),
-        ({"split": "train[x]"}, r"dataset: split=train\[x\] is no part of 1 rows"),
+        ({"split": "train[x]"}, r"dataset: split=train\[x\] is not a part of 1 rows"),
         ({"split": "test"}, "dataset: split=test: local files of JSON have the split 'train' alone"),
     ],
 )
@@ -419,7 +419,7 @@ def test_bad_lines_are_bad_rows(file):
         with pytest.raises(DataError) as caught:
             dataset[index]
         reasons.append(str(caught.value))
-    assert [reason.split(":")[0] for reason in reasons] == ["broken JSON", "no JSON object but a list", "broken UTF-8"]
+    assert [reason.split(":")[0] for reason in reasons] == ["broken JSON", "not a JSON object but a list", "broken UTF-8"]
     assert len(dataset[4]["tokens"]) == 3
 
 
@@ -444,7 +444,7 @@ def test_bad_rows_of_an_array(tmp_path, split):
         with pytest.raises(DataError) as caught:
             dataset[index]
         reasons.append(str(caught.value))
-    assert reasons == ["no JSON object but a list", "broken Unicode escape"]
+    assert reasons == ["not a JSON object but a list", "broken Unicode escape"]
 
 
 ROWS = [{"messages": [user(f"a{i}"), assistant(f"b{i}")]} for i in range(6)]

@@ -73,7 +73,7 @@ def test_bad_rows_and_no_rows(tmp_path: Path) -> None:
         BadRow(source=1, row=1, reason="ValueError: Messages must be at least length 2, but got 1 messages"),
     )
     assert (counts.sources.tolist(), counts.rows.tolist()) == ([0, 1], [0, 0])
-    with pytest.raises(DataError, match=r"row 0 of dataset\[0\] is no training sample: no target: .*Check the row"):
+    with pytest.raises(DataError, match=r"row 0 of dataset\[0\] is not a training sample: no target: .*Check the row"):
         estimate_lengths([RandomTokens([1, 1], 50, seed=0)])
     with pytest.raises(DataError, match=r"the data set is empty: it has no row"):
         estimate_lengths([RandomTokens([], 50, seed=0)])

@@ -180,7 +180,7 @@ def test_turns_that_the_template_rewrites_become_samples_of_their_own(folders):
         ["<think>\nEasy now.\n</think>\n\n3<|im_end|>"],
         ["<think>\nLet me see.\n</think>\n\n2<|im_end|>"],
     ]
-    # Where only such turns are trained, the whole conversation is no sample.
+    # Where only such turns are trained, the whole conversation is not a sample.
     only_first = Conversation(messages=THOUGHTS, is_trained=[False, True, False, False])
     (chat,) = chosen.encode_conversation(only_first, rewritten_turns="split")
     assert targets(chosen, chat) == ["<think>\nLet me see.\n</think>\n\n2<|im_end|>"]

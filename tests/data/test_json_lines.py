@@ -20,8 +20,8 @@ def no_watch(progress: int) -> None:
         (b'{"id": 1', r"broken JSON: Expecting ',' delimiter: line 1 column 9 (char 8)"),
         (b'{"text": "\xff"}', "broken UTF-8: invalid start byte"),
         (rb'{"text": "\ud800"}', "broken Unicode escape"),
-        (b"[1, 2]", "no JSON object but a list"),
-        (b'"x"', "no JSON object but text"),
+        (b"[1, 2]", "not a JSON object but a list"),
+        (b'"x"', "not a JSON object but text"),
         (b"[" * 100_000, "broken JSON: nested too deep"),
     ],
 )
@@ -100,5 +100,5 @@ def test_a_file_without_bad_lines_is_its_own_copy(tmp_path: Path) -> None:
 def test_a_compressed_file_that_is_cut_off(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl.gz"
     file.write_bytes(gzip.compress(GOOD * 1000)[:-20])
-    with pytest.raises(DataError, match=rf"data file {file} is no whole gzip file: .*; copy it again"):
+    with pytest.raises(DataError, match=rf"data file {file} is not a whole gzip file: .*; copy it again"):
         list(numbered_lines(file))

@@ -89,14 +89,14 @@ def test_too_many_sources_are_no_classes(tmp_path: Path) -> None:
         ("n_tokens\n5\n\n6\n", "row 1 is blank or NaN"),
         ("n_tokens,x\n5,1\n,1\n", "row 1 is blank or NaN"),
         ("n_tokens,x\n5.5,1\n,1\n", "row 1 is blank or NaN"),
-        ("n_tokens\n5\nmany\n", "row 1 is 'many', which is no number"),
-        ("n_tokens\n5\n7.5\n3 k\n", "row 2 is '3 k', which is no number"),
+        ("n_tokens\n5\nmany\n", "row 1 is 'many', which is not a number"),
+        ("n_tokens\n5\n7.5\n3 k\n", "row 2 is '3 k', which is not a number"),
         ("n_tokens\n", "there is no row"),
         ("", "is empty; its first line must name the columns"),
         ("\n", "is empty; its first line must name the columns"),
         ("a,b\n1,2\n", "has none of the columns num_tokens, n_tokens, length, lengths, tokens; it has a, b. Name one by"),
         ("12\n13\n", "it has 12"),
-        ("n_tokens,x\n1,2\n3\n", "is no table in CSV: CSV parse error: Expected 2 columns, got 1"),
+        ("n_tokens,x\n1,2\n3\n", "is not a table in CSV: CSV parse error: Expected 2 columns, got 1"),
     ],
 )
 def test_what_is_wrong_in_a_csv_is_said_with_row_and_value(tmp_path: Path, text: str, wanted: str) -> None:
@@ -118,7 +118,7 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
         ([5.0, float("nan")], "row 1 is blank or NaN"),
         ([5, 2**40], f"row 1 is {2**40}, more than"),
         ([[1, 2], [3]], "holds list<element: int64>, not the number of tokens"),
-        (["5", "six"], "row 1 is 'six', which is no number"),
+        (["5", "six"], "row 1 is 'six', which is not a number"),
         (["5", " "], "row 1 is blank or NaN"),
         ([True], "holds bool"),
         (pa.array([], pa.int64()), "there is no row"),
@@ -149,7 +149,7 @@ def test_what_is_wrong_in_an_array(tmp_path: Path, array: np.ndarray, wanted: st
 @pytest.mark.parametrize("name", ["lengths.npy", "lengths.parquet", "lengths.csv.gz", "lengths.csv"])
 def test_a_file_of_something_else(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x80\xff no lengths")
-    assert " is no " in message(tmp_path / name)
+    assert " is not a" in message(tmp_path / name)
 
 
 def test_no_file_and_other_suffixes(tmp_path: Path) -> None:

@@ -99,10 +99,10 @@ BROKEN: list[tuple[bytes, str]] = [
     (b'{"messages": [{"role": "assistant", "content": "Yo."}, {"role": "user", "content": "Hi."}]}', "Assistant message before"),
     (b'{"messages": [{"role": "human", "content": "Hi."}, {"role": "gpt", "content": "Yo."}]}', "role 'human' is none of"),
     (b'{"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": null}]}', "null content"),
-    (b'{"messages": null}', "messages are no list but null"),
+    (b'{"messages": null}', "messages are not a list but null"),
     (b'{"messages": [{"role": "user", "content": "\xff"}, {"role": "assistant", "content": "Yo."}]}', "broken UTF-8"),
     (b'{"messages": [{"role": "user", "con', "broken JSON"),
-    (b'"messages"', "no JSON object but text"),
+    (b'"messages"', "not a JSON object but text"),
     (b'{"messages": "Hi."}', ""),
     (b'{"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": "Yo."}]}', ""),
 ]
@@ -137,13 +137,13 @@ def test_bad_lines_of_both_kinds_in_one_list(tmp_path: Path) -> None:
     file, listed = tmp_path / "a.jsonl", tmp_path / "out/bad_rows.csv"
     line = report_bad_rows(bad_rows, listed, "drop")
     assert line is not None
-    assert line.startswith("3 of 5 rows are no training samples (1 broken JSON: ")
+    assert line.startswith("3 of 5 rows are not training samples (1 broken JSON: ")
     assert line.endswith(f"the first: {file}:2, {file}:4, {file}:3; left out, all are listed in {listed}")
     with listed.open(newline="") as stream:
         rows = list(csv.reader(stream))
     assert rows[0] == ["dataset", "file", "row", "line", "reason"]
     assert [row[:4] for row in rows[1:]] == [["chat", str(file), str(i), str(i + 1)] for i in (1, 3, 2)]
-    with pytest.raises(DataError, match=r"3 of 5 rows are no training samples .*mend them, or set bad_rows=drop to leave them"):
+    with pytest.raises(DataError, match=r"3 of 5 rows are not training samples .*mend them, or set bad_rows=drop to leave them"):
         report_bad_rows(bad_rows, listed, "error")
     good = opened(settings(write(tmp_path / "b.jsonl", ROWS)), tmp_path)[0].bad_rows()
     assert report_bad_rows(good, listed, "error") is None
@@ -189,7 +189,7 @@ def test_a_file_without_one_good_line_is_the_loader_s_error(tmp_path: Path) -> N
 
 def test_a_column_that_is_not_there(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", ROWS)
-    with pytest.raises(DataError, match=r"row 0 of dataset is no training sample: KeyError: 'turns'"):
+    with pytest.raises(DataError, match=r"row 0 of dataset is not a training sample: KeyError: 'turns'"):
         opened(settings(file, conversation_column="turns"), tmp_path)
 
 

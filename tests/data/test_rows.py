@@ -19,10 +19,10 @@ USER, ASSISTANT, SYSTEM = ({"role": role, "content": "x"} for role in ("user", "
     [
         ([USER, ASSISTANT], None),
         ([SYSTEM, USER, ASSISTANT], None),
-        (None, "messages are no list but null"),
-        ("hello", "messages are no list but str"),
+        (None, "messages are not a list but null"),
+        ("hello", "messages are not a list but str"),
         ([], "no messages"),
-        (["hello"], "messages are no objects with a role and content"),
+        (["hello"], "messages are not objects with a role and content"),
         ([USER, {"role": "gpt", "content": "x"}], "role 'gpt' is none of system, user, ipython, tool, assistant"),
         ([USER, {"content": "x"}], "role None is none of system, user, ipython, tool, assistant"),
         ([USER, {"role": "assistant", "content": None}], "null content"),

@@ -91,12 +91,14 @@ def test_an_error_ends_the_build_on_all_ranks(ranks: Callable[[int], RankPool], 
         ranks(2).run(failing_job, tmp_path)
     assert time.monotonic() - start < 20
     for rank in (0, 1):
-        assert f"rank {rank}: DataError: row 0 of dataset[0] is no training sample" in str(caught.value)
+        assert f"rank {rank}: DataError: row 0 of dataset[0] is not a training sample" in str(caught.value)
 
 
 def test_a_shard_of_rows_that_all_fail_alike_ends_the_build(tmp_path: Path) -> None:
     rows = Rows(*[ValueError(f"row {i} has no messages") for i in range(5000)])
-    message = r"row \d+ of dataset\[0\] is no training sample: ValueError: row \d+ has no messages, nor are the \d+ rows after it"
+    message = (
+        r"row \d+ of dataset\[0\] is not a training sample: ValueError: row \d+ has no messages, nor are the \d+ rows after it"
+    )
     with pytest.raises(DataError, match=message):
         open_token_store([rows], tmp_path / "store", Builder(num_processes=2, show_progress=False))
     assert not list((tmp_path / "store").glob("*.json"))

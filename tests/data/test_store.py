@@ -38,7 +38,7 @@ def test_cut_samples_count_the_targets_that_are_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cut", "kept", "num_targets"),
     [
-        ("truncate_middle", [*range(20), *range(30, 60)], 10),  # of 50 that are no targets, the 10 in the middle
+        ("truncate_middle", [*range(20), *range(30, 60)], 10),  # of 50 that are not targets, the 10 in the middle
         ("truncate_start", [0, *range(11, 60)], 10),
         ("truncate_end", list(range(50)), 0),
     ],
@@ -107,7 +107,7 @@ def test_no_row_at_all(tmp_path: Path) -> None:
 
 def test_rows_that_are_bad_for_several_reasons_and_none_good(tmp_path: Path) -> None:
     rows = Rows(KeyError("messages"), ([1], [1]))
-    message = r"row 0 of dataset\[0\] is no training sample: KeyError: 'messages', nor are the 1 rows after it. Check the row"
+    message = r"row 0 of dataset\[0\] is not a training sample: KeyError: 'messages', nor are the 1 rows after it. Check the row"
     with pytest.raises(DataError, match=message):
         open_token_store([rows], tmp_path / "store")
 

@@ -153,7 +153,7 @@ def test_choice_by_device_and_dtype() -> None:
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "message"),
     [
-        ("flex", CUDA, torch.bfloat16, r"attention='flex' is no kernel; choose auto or one of cudnn, varlen, flash, sdpa"),
+        ("flex", CUDA, torch.bfloat16, r"attention='flex' is not a kernel; choose auto or one of cudnn, varlen, flash, sdpa"),
         ("varlen", CPU, torch.bfloat16, r"attention='varlen' runs in bf16 on CUDA, not bfloat16 on cpu; .*auto or sdpa"),
         ("cudnn", CPU, torch.bfloat16, r"attention='cudnn' runs in bf16 on CUDA, not bfloat16 on cpu; .*auto or sdpa"),
         ("cudnn", CUDA, torch.bfloat16, r"attention='cudnn' needs a torch with cuDNN; set attention to auto"),

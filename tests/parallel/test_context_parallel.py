@@ -271,7 +271,7 @@ def test_schemes_by_name_and_their_layouts() -> None:
     heads = AttentionHeads(query=28, kv=4)
     by_name = {name: select_context_parallel(name).layout(heads, 4, [100], 128) for name in ("auto", "ulysses", "all_gather")}
     assert by_name == {"auto": CpDegrees(ulysses=4), "ulysses": CpDegrees(ulysses=4), "all_gather": CpDegrees(gather=4)}
-    with pytest.raises(ConfigError, match=r"context_parallel='ring' is no scheme; choose one of auto, ulysses, all_gather"):
+    with pytest.raises(ConfigError, match=r"context_parallel='ring' is not a scheme; choose one of auto, ulysses, all_gather"):
         select_context_parallel("ring")
 
 
@@ -280,7 +280,7 @@ def test_ulysses_times_all_gather() -> None:
     scheme: ContextParallel = UlyssesAllGather(ulysses_degree=4)
     assert scheme.layouts(heads, 8) == (CpDegrees(ulysses=4, gather=2),)
     assert scheme.layouts(heads, 2) == (CpDegrees(ulysses=2),)
-    with pytest.raises(ConfigError, match=r"cp_degree=6 is no multiple of ulysses_degree=4; set one to a multiple"):
+    with pytest.raises(ConfigError, match=r"cp_degree=6 is not a multiple of ulysses_degree=4; set one to a multiple"):
         scheme.layouts(heads, 6)
     with pytest.raises(ConfigError, match=r"ulysses_degree=0 must be a whole number of at least 1"):
         UlyssesAllGather(ulysses_degree=0)

@@ -42,9 +42,9 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     (
         "no target",
         {"dataset.lengths": [1, 1]},
-        r"row 0 of dataset is no training sample: no target: .*, nor are the 1 rows after it",
+        r"row 0 of dataset is not a training sample: no target: .*, nor are the 1 rows after it",
     ),
-    ("some without target", {"dataset.lengths": [1, 9]}, r"1 of 2 rows are no training samples \(1 no target: .*bad_rows=drop"),
+    ("some without target", {"dataset.lengths": [1, 9]}, r"1 of 2 rows are not training samples \(1 no target: .*bad_rows=drop"),
     ("accumulation", {"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps=4.*planner.tokens_per_step"),
     (
         "component",
@@ -73,10 +73,10 @@ def test_recipe_says_what_is_wrong(
 def test_a_scheme_that_cannot_serve_a_group(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
     scheme = {"_component_": "hbp_tune.components.UlyssesAllGather", "ulysses_degree": 3}
     cfg = recipe_config(tmp_path, [10, 100], [{"name": "all", "pack_len": 512, "cp_degree": 4}], context_parallel=scheme)
-    with pytest.raises(RankError, match=r"cp_degree=4 is no multiple of ulysses_degree=3"):
+    with pytest.raises(RankError, match=r"cp_degree=4 is not a multiple of ulysses_degree=3"):
         ranks(4).run(run_recipe_job, cfg)
     cfg.context_parallel = "ring"
-    with pytest.raises(RankError, match=r"context_parallel='ring' is no scheme; choose one of auto, ulysses, all_gather"):
+    with pytest.raises(RankError, match=r"context_parallel='ring' is not a scheme; choose one of auto, ulysses, all_gather"):
         ranks(4).run(run_recipe_job, cfg)
 
 
@@ -104,7 +104,7 @@ def test_dropped_and_truncated_samples_are_listed(ranks: Callable[[int], RankPoo
 def test_bad_rows_are_left_out_and_listed(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
     cfg = recipe_config(tmp_path, [10, 1, 100, 1, 50], [SHORT, LONG])
     message = (
-        rf"rank 1: DataError: 2 of 5 rows are no training samples .*, the first: row 1 of random_tokens, .*{tmp_path}.*=drop"
+        rf"rank 1: DataError: 2 of 5 rows are not training samples .*, the first: row 1 of random_tokens, .*{tmp_path}.*=drop"
     )
     with pytest.raises(RankError, match=message):
         ranks(2).run(run_recipe_job, cfg)
@@ -117,5 +117,5 @@ def test_bad_rows_are_left_out_and_listed(ranks: Callable[[int], RankPool], tmp_
 
 def test_a_policy_that_does_not_exist(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
     cfg = recipe_config(tmp_path, [10, 100], [SHORT, LONG], bad_rows="skip")
-    with pytest.raises(RankError, match=r"bad_rows=skip is no policy; choose error or drop"):
+    with pytest.raises(RankError, match=r"bad_rows=skip is not a policy; choose error or drop"):
         ranks(2).run(run_recipe_job, cfg)

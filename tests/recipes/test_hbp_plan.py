@@ -184,7 +184,7 @@ def test_without_the_tokenizer_s_file_lengths_are_estimated(tmp_path: Path, caps
     assert [line.split(",")[1:4] for line in (tmp_path / "out/bad_rows.csv").read_text().splitlines()[1:]] == [
         [str(tmp_path / "chat.jsonl"), str(row), str(row + 1)] for row in range(54, 59)
     ]
-    assert any("5 of 59 rows are no training samples" in warning for warning in report.warnings)
+    assert any("5 of 59 rows are not training samples" in warning for warning in report.warnings)
 
 
 def test_what_planning_warns_of_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,14 +245,19 @@ ERRORS: list[tuple[str, dict[str, Any], type[HbpError], str]] = [
     ("no number", {"world_size": "many"}, ConfigError, r"world_size=many must be a whole number of at least 1"),
     ("misspelt", {"world_sizes": 8}, ConfigError, r"unknown key 'world_sizes': did you mean 'world_size'"),
     ("baseline", {"baselines": ["best"]}, ConfigError, r"'best'.*isf"),
-    ("no name", {"lengths": "tulu4"}, ConfigError, r"lengths=tulu4 is no file \(.csv, .*\), and .*'tulu4'.*tulu3_longcite"),
+    ("no name", {"lengths": "tulu4"}, ConfigError, r"lengths=tulu4 is not a file \(.csv, .*\), and .*'tulu4'.*tulu3_longcite"),
     ("no file", {"lengths": "no/lengths.csv"}, DataError, r"lengths file no/lengths.csv does not exist"),
     ("num_samples of a file", {"num_samples": 5}, ConfigError, r"num_samples=5 is for synthetic lengths; .*, remove it"),
     ("num_samples of data", {"num_samples": 5, "lengths": None}, ConfigError, r"num_samples=5 needs lengths=NAME"),
     ("order", {"groups": [LONG, SHORT]}, ConfigError, r"group 'short' has pack_len=128, not more than 512 .* from short to long"),
     ("equal", {"groups": [SHORT, {**SHORT, "name": "b"}]}, ConfigError, r"group 'b' has pack_len=128, not more than 128"),
     ("ac_layers", {"groups": [{**SHORT, "ac_layers": 4}]}, ConfigError, r"ac_layers=4 is more than the model's 3 layers"),
-    ("scheme", {"context_parallel": "ring"}, ConfigError, r"context_parallel='ring' is no scheme; choose one of auto, ulysses"),
+    (
+        "scheme",
+        {"context_parallel": "ring"},
+        ConfigError,
+        r"context_parallel='ring' is not a scheme; choose one of auto, ulysses",
+    ),
     ("overlong", {"groups": [SHORT]}, PackingError, r"group 'short' holds 128.*planner.overlong=drop"),
     ("positions", {"model.max_seq_len": 500}, ConfigError, r"has 512 tokens, the model encodes 500 positions"),
     ("stock key", {"batch_size": 2}, ConfigError, r"batch_size=2 .* has no place here"),

@@ -110,7 +110,7 @@ def test_no_such_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"epoch,step\n0,0\n", b"PAR1 and nothing like it PAR1"])
 def test_no_parquet(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "plan.parquet").write_bytes(content)
-    with pytest.raises(DataError, match=r"plan\.parquet is no parquet file, or a damaged one \(.*\); plan again"):
+    with pytest.raises(DataError, match=r"plan\.parquet is not a parquet file, or a damaged one \(.*\); plan again"):
         read_plan(tmp_path / "plan.parquet")
 
 
@@ -123,7 +123,7 @@ def test_another_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_missing_column(written: Path, name: str) -> None:
     edit(written, lambda table: table.drop_columns([name]))
-    with pytest.raises(DataError, match=rf"has no column '{name}': it is no whole plan; plan again"):
+    with pytest.raises(DataError, match=rf"has no column '{name}': it is not a whole plan; plan again"):
         read_plan(written)
 
 
@@ -236,7 +236,7 @@ def test_what_does_not_exist_is_null(by_hand: EpochPlan, report_on: Callable[...
     report = dataclasses.replace(report, metrics=dataclasses.replace(report.metrics, diversity=math.nan))
     write_summary(tmp_path / "new" / "plan.json", report)
     text = (tmp_path / "new" / "plan.json").read_text(encoding="utf-8")
-    summary = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    summary = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert summary == plan_summary(report)
     assert "Zeitgewinn für „lange“ Texte" in text
     assert summary["metrics"]["diversity"] is None

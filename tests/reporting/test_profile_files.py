@@ -33,7 +33,7 @@ def test_a_measurement_is_found_by_what_was_run() -> None:
 @pytest.mark.parametrize("text", ["", "{}", '{"measurements": [{"group": 1}]}'])
 def test_a_file_that_is_no_profile(tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"bad.json is no profile of groups: .*; remove it, or set profile.file"):
+    with pytest.raises(ConfigError, match=r"bad.json is not a profile of groups: .*; remove it, or set profile.file"):
         read_profile(tmp_path / "bad.json")
 
 

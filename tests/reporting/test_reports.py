@@ -111,7 +111,7 @@ def test_figures_by_hand(width: int) -> None:
 
 def test_empty_packs_and_groups_count_nothing() -> None:
     text = printed(np.array([5], dtype=np.int32), 80)
-    assert cells(text, "short") == ["64", "1", "0", "1", "1", "1", "1.0", "5"], "the other rank's empty pack is no pack"
+    assert cells(text, "short") == ["64", "1", "0", "1", "1", "1", "1.0", "5"], "the other rank's empty pack is not a pack"
     assert cells(text, "long") == ["256", "2", "3", "0", "0", "0", "-", "-"]
 
 

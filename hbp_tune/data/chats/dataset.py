@@ -115,7 +115,7 @@ class ChatDataset:
         """Tokenise a row.
 
         Raises:
-            DataError: it is no training sample, with the reason.
+            DataError: it is not a training sample, with the reason.
         """
         row = self._rows[index]
         if self._format.name in ("text", "tokens"):
@@ -167,7 +167,7 @@ class ChatDataset:
         """
         ids, column = row.get(self._format.columns["input_ids"]), self._format.columns["input_ids"]
         if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
-            raise DataError(f"{column} is no list of token ids")
+            raise DataError(f"{column} is not a list of token ids")
         most = getattr(self._tokenizer, "vocab_size", None)
         if min(ids) < 0 or (most is not None and max(ids) >= most):
             known = "from 0 on" if most is None else f"of 0 to {most - 1}"
@@ -177,13 +177,13 @@ class ChatDataset:
             raise DataError("attention_mask is 0 somewhere: padding has no place here, cut it off")
         labels = row.get(self._format.columns.get("labels", "labels"), ids)
         if not isinstance(labels, list) or len(labels) != len(ids):
-            raise DataError(f"labels are no list of as many as {column}: {len(ids)}")
+            raise DataError(f"labels are not a list of as many as {column}: {len(ids)}")
         if any(label not in (IGNORE_INDEX, i) for label, i in zip(labels, ids, strict=True)):
             raise DataError(f"labels must equal {column} or be {IGNORE_INDEX}, not shifted; these are others")
         masked = self._format.columns.get("loss_mask", "loss_mask")
         mask = row.get(masked, [1] * len(ids))
         if not isinstance(mask, list) or len(mask) != len(ids) or not set(mask) <= {0, 1}:
-            raise DataError(f"{masked} is no list of as many as {column}, each 0 or 1")
+            raise DataError(f"{masked} is not a list of as many as {column}, each 0 or 1")
         return _one_piece(ids, [label != IGNORE_INDEX and bool(kept) for label, kept in zip(labels, mask, strict=True)])
 
 

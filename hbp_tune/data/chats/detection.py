@@ -40,7 +40,7 @@ _OPTIONAL: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "text": {},
     "tokens": {"labels": ("labels",), "loss_mask": ("loss_mask", "assistant_masks", "assistant_mask")},
 }
-# Keys of messages, which are no columns; a prompt and its completion may be messages, too.
+# Keys of messages, which are not columns; a prompt and its completion may be messages, too.
 _KEYS = ("role", "content")
 # Answers of which one is better than another: nothing says which of them to train, but a mapping does.
 _PREFERENCES = ("chosen", "rejected")

@@ -142,14 +142,14 @@ def _indices(split: str, num_rows: int) -> NDArray[np.int64] | None:
     """Give the rows of a split such as ``train[:100]``, ``train[10%:20%]``; None where it is all of them.
 
     Raises:
-        ConfigError: it is no split.
+        ConfigError: it is not a split.
     """
     if "[" not in split and "+" not in split:
         return None
     try:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute({_name(split): num_rows})
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f"dataset: split={split} is no part of {num_rows} rows: {error}") from error
+        raise ConfigError(f"dataset: split={split} is not a part of {num_rows} rows: {error}") from error
     return np.concatenate([np.arange(part.from_, part.to) for part in parts])
 
 

@@ -75,7 +75,7 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
         except (EOFError, gzip.BadGzipFile) as error:
-            raise DataError(f"data file {file} is no whole gzip file: {error}; copy it again") from error
+            raise DataError(f"data file {file} is not a whole gzip file: {error}; copy it again") from error
 
 
 def clean(file: Path, digest: str, directory: Path, *, same_types: bool, watch: Callable[[int], None]) -> CleanFile:
@@ -130,7 +130,7 @@ def _write_clean(file: Path, folder: Path, same_types: bool, watch: Callable[[in
 
 
 def find_bad_rows(lines: Iterable[bytes], *, same_types: bool, watch: Callable[[int], None]) -> dict[int, str]:
-    """Find the lines that are no JSON object in UTF-8, or whose types are not those of most lines.
+    """Find the lines that are not a JSON object in UTF-8, or whose types are not those of most lines.
 
     Args:
         lines: that are not blank; their position is the row.
@@ -184,7 +184,7 @@ def fault_of_row(value: Any, *, may_hold_halves: bool = True) -> str | None:
         may_hold_halves: look for half of a surrogate pair, which an escape can write and no tokenizer takes.
     """
     if not isinstance(value, dict):
-        return f"no JSON object but {_kind(value)}"
+        return f"not a JSON object but {_kind(value)}"
     try:
         if may_hold_halves:
             json.dumps(value, ensure_ascii=False).encode()

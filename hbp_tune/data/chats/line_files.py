@@ -43,7 +43,7 @@ class LineFiles:
         """Read a row.
 
         Raises:
-            DataError: its line is no JSON object in UTF-8.
+            DataError: its line is not a JSON object in UTF-8.
         """
         file = bisect.bisect_right(self._starts, index) - 1
         with self._files[file].open("rb") as stream:  # opened here: a forked process would move its parent's place in the file
@@ -59,7 +59,7 @@ class ArrayRows:
     """Rows of JSON files that hold all of them in one array, alone or in an object such as ``{"data": [...]}``.
 
     Args:
-        files: that are no JSON lines.
+        files: that are not JSON lines.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -72,7 +72,7 @@ class ArrayRows:
         """Give a row.
 
         Raises:
-            DataError: it is no object, or holds half a character.
+            DataError: it is not an object, or holds half a character.
         """
         value = self._rows[index]
         if fault := fault_of_row(value):
@@ -92,7 +92,7 @@ def _read_array(file: Path) -> list[Any]:
         with opened(file, "rt", encoding="utf-8-sig") as stream:
             value = json.load(stream)
     except (ValueError, EOFError, OSError, RecursionError) as error:
-        raise ConfigError(f"data file {file} is no JSON: {error or type(error).__name__}") from error
+        raise ConfigError(f"data file {file} is not JSON: {error or type(error).__name__}") from error
     lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else [value]
     if len(lists) != 1 or not isinstance(lists[0], list):
         raise ConfigError(f"data file {file} holds no array of rows; write one row a line, or one array")
@@ -131,7 +131,7 @@ def _unpacked(file: Path, cache: Path) -> Path:
                     shutil.copyfileobj(packed, unpacked, 2**22)
                 os.replace(aside, path)
     except (EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"data file {file} is no whole gzip file: {error}; copy it again") from error
+        raise DataError(f"data file {file} is not a whole gzip file: {error}; copy it again") from error
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be written: {error.strerror or error}; set HF_DATASETS_CACHE to another folder"

@@ -71,7 +71,7 @@ class Turns:
 
     Attributes:
         messages: as `Conversation` has them.
-        may_train: for each, False where the row itself says that it is no target.
+        may_train: for each, False where the row itself says that it is not a target.
         tools: of the row.
         notes: fields that were not used, with how often.
     """
@@ -155,12 +155,12 @@ class ChatFormat:
         if isinstance(messages, str):
             messages = _parsed(messages, "messages")
         if not isinstance(messages, list):
-            raise DataError(f"messages are no list but {'null' if messages is None else type(messages).__name__}")
+            raise DataError(f"messages are not a list but {'null' if messages is None else type(messages).__name__}")
         if not messages:
             raise DataError("no messages")
         for index, message in enumerate(messages):
             if not isinstance(message, Mapping):
-                raise DataError("messages are no objects with a role and content")
+                raise DataError("messages are not objects with a role and content")
             self._add_message(index, message, turns, may_train)
 
     def _add_message(self, index: int, message: Row, turns: Turns, may_train: bool) -> None:
@@ -221,12 +221,12 @@ class ChatFormat:
         """Read an instruction with its input, what was said before, and the output.
 
         Raises:
-            DataError: one is no text.
+            DataError: one is not text.
         """
         history = row.get(self._at("history")) or []
         for pair in history if isinstance(history, list) else [history]:
             if not isinstance(pair, list) or len(pair) != 2:
-                raise DataError("history is no list of pairs of question and answer")
+                raise DataError("history is not a list of pairs of question and answer")
             turns.add("user", _text(pair[0], "history"))
             turns.add("assistant", _text(pair[1], "history"))
         instruction = _text(row.get(self._at("instruction")), "instruction")
@@ -254,7 +254,7 @@ def _text(value: Any, name: str) -> str:
     if value is None:
         raise DataError(f"null {name}")
     if not isinstance(value, str):
-        raise DataError(f"{name} is no text but {type(value).__name__}")
+        raise DataError(f"{name} is not text but {type(value).__name__}")
     return value
 
 
@@ -267,7 +267,7 @@ def _parsed(text: str, name: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise DataError(f"{name} is no JSON: {error}") from error
+        raise DataError(f"{name} is not JSON: {error}") from error
 
 
 def _content(index: int, content: Any) -> tuple[str | None, str | None]:
@@ -279,7 +279,7 @@ def _content(index: int, content: Any) -> tuple[str | None, str | None]:
     if content is None or isinstance(content, str):
         return content, None
     if not isinstance(content, list):
-        raise DataError(f"message {index}: content is no text but {type(content).__name__}")
+        raise DataError(f"message {index}: content is not text but {type(content).__name__}")
     texts: dict[str, list[str]] = {"text": [], "thinking": []}
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
@@ -295,7 +295,7 @@ def _reasoning(index: int, message: Row, in_parts: str | None) -> str | None:
     """Give a message's reasoning, by whatever name.
 
     Raises:
-        DataError: it has two, or one that is no text.
+        DataError: it has two, or one that is not text.
     """
     found = {_text(message[key], key) for key in _REASONING if message.get(key)} | ({in_parts} if in_parts else set())
     if len(found) > 1:
@@ -312,7 +312,7 @@ def _flat_calls(index: int, calls: Any) -> list[dict[str, Any]]:
     """Write calls as OpenAI's, with their arguments as an object, which templates expect.
 
     Raises:
-        DataError: one is no call.
+        DataError: one is not a call.
     """
     where = f"message {index}: a call"
     calls = _parsed(calls, where) if isinstance(calls, str) else calls
@@ -325,7 +325,7 @@ def _flat_calls(index: int, calls: Any) -> list[dict[str, Any]]:
         arguments = function.get("arguments", function.get("parameters"))
         arguments = _parsed(arguments, f"{where}'s arguments") if isinstance(arguments, str) and arguments else arguments
         if not isinstance(arguments or {}, Mapping):
-            raise DataError(f"{where}'s arguments are no object but {type(arguments).__name__}")
+            raise DataError(f"{where}'s arguments are not an object but {type(arguments).__name__}")
         named = {"id": call["id"]} if call.get("id") else {}
         written.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}})
     return written
@@ -335,14 +335,14 @@ def _tools(row: Row, column: str) -> list[Row] | None:
     """Give a row's tools; the older ``functions`` are tools, too.
 
     Raises:
-        DataError: they are no schemas.
+        DataError: they are not schemas.
     """
     tools = row.get(column) or row.get("functions")
     tools = (_parsed(tools, column) if tools.strip() else None) if isinstance(tools, str) else tools
     if not tools:
         return None
     if not isinstance(tools, list):
-        raise DataError(f"{column} is no list but {type(tools).__name__}")
+        raise DataError(f"{column} is not a list but {type(tools).__name__}")
     schemas = [_parsed(tool, column) if isinstance(tool, str) else tool for tool in tools]
     wrapped = [
         tool if not isinstance(tool, Mapping) or "function" in tool else {"type": "function", "function": tool}

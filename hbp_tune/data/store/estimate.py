@@ -82,7 +82,7 @@ class SampleCounts:
         num_targets: ``int32[num_samples]``, labels that count toward the loss.
         sources: ``int16[num_samples]``, the data set that a sample comes from.
         rows: ``int32[num_samples]``, its row there.
-        bad_rows: the rows that are no samples, in order.
+        bad_rows: the rows that are not samples, in order.
     """
 
     lengths: NDArray[np.int32]

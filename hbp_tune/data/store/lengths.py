@@ -38,7 +38,7 @@ def read_lengths(path: Path, column: str | None = None) -> tuple[NDArray[np.int3
         order of appearance. Without that column, or with more sources than 16 bits number, there are no classes.
 
     Raises:
-        DataError: there is no such file or column, it cannot be read, or a value is no whole number of 1 to 2**31 - 1.
+        DataError: there is no such file or column, it cannot be read, or a value is not a whole number of 1 to 2**31 - 1.
     """
     if path.is_dir():
         raise DataError(f"lengths file {path} is a folder; name a file in it")
@@ -58,12 +58,12 @@ def whole_lengths(values: Sequence[int] | NDArray[Any]) -> NDArray[np.int32]:
     """Give numbers as lengths, ``int32[n]``; values are a list, an array or a column.
 
     Raises:
-        DataError: there is none, or one is no whole number of 1 to 2**31 - 1.
+        DataError: there is none, or one is not a whole number of 1 to 2**31 - 1.
     """
     try:
         column = pa.chunked_array([pa.array(values)])
     except (pa.ArrowException, TypeError) as error:
-        raise DataError(f"lengths are no row of numbers: {error}") from error
+        raise DataError(f"lengths are not a row of numbers: {error}") from error
     return _whole_numbers(column, "lengths")
 
 
@@ -76,7 +76,7 @@ def _read_npy(path: Path) -> NDArray[np.int32]:
     try:
         values = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"lengths file {path} is no array that numpy can read: {error}") from error
+        raise DataError(f"lengths file {path} is not an array that numpy can read: {error}") from error
     if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in "iu":
         found = f"{values.dtype}{list(values.shape)}" if isinstance(values, np.ndarray) else "several arrays"
         raise DataError(f"lengths file {path} holds {found}; save one row of whole numbers, int32[n]")
@@ -87,21 +87,21 @@ def _read_parquet(path: Path, column: str | None) -> tuple[pa.Table, str]:
     """Read the columns that matter, and say which one holds the lengths.
 
     Raises:
-        DataError: the file is no table, or has no such column.
+        DataError: the file is not a table, or has no such column.
     """
     try:
         with ParquetFile(path) as file:
             column = _choose_column(file.schema_arrow.names, column, path)
             return file.read(_wanted(file.schema_arrow.names, column)), column
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"lengths file {path} is no table in Parquet: {error}") from error
+        raise DataError(f"lengths file {path} is not a table in Parquet: {error}") from error
 
 
 def _read_csv(path: Path, column: str | None) -> tuple[pa.Table, str]:
     """Read the columns that matter, and say which one holds the lengths.
 
     Raises:
-        DataError: the file is no table, or has no such column.
+        DataError: the file is not a table, or has no such column.
     """
     try:
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as stream:
@@ -110,7 +110,7 @@ def _read_csv(path: Path, column: str | None) -> tuple[pa.Table, str]:
         column = _choose_column(names, column, path)
         return _parse_csv(path, names, column), column
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"lengths file {path} is no table in CSV: {error}") from error
+        raise DataError(f"lengths file {path} is not a table in CSV: {error}") from error
 
 
 def _parse_csv(path: Path, names: Sequence[str], column: str) -> pa.Table:
@@ -124,7 +124,7 @@ def _parse_csv(path: Path, names: Sequence[str], column: str) -> pa.Table:
     for kind in (pa.int64(), pa.float64()):
         with contextlib.suppress(pa.ArrowInvalid):
             return read(kind)
-    return read(pa.string())  # what is no number stays text, so that its row can be named
+    return read(pa.string())  # what is not a number stays text, so that its row can be named
 
 
 def _choose_column(names: Sequence[str], column: str | None, path: Path) -> str:
@@ -161,7 +161,7 @@ def _whole_numbers(column: pa.ChunkedArray, where: str) -> NDArray[np.int32]:
         row = pc.index(pc.match_substring_regex(column, _NUMBER), False).as_py()
         if row >= 0:
             text = column[row].as_py()
-            raise DataError(f"{where}: row {row} is {f'{text!r}, which is no number' if text.strip() else blank}")
+            raise DataError(f"{where}: row {row} is {f'{text!r}, which is not a number' if text.strip() else blank}")
         column = pc.cast(pc.utf8_trim_whitespace(column), pa.float64())
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         raise DataError(f"{where} holds {column.type}, not the number of tokens of each sample; name another by lengths_column")

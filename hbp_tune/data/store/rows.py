@@ -48,7 +48,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BadRow:
-    """A row that is no training sample, and why."""
+    """A row that is not a training sample, and why."""
 
     source: int
     row: int
@@ -65,7 +65,7 @@ def no_sample(bad_rows: Sequence[BadRow], names: Sequence[str]) -> str:
     first = bad_rows[0]
     others = f", nor are the {len(bad_rows) - 1} rows after it" if len(bad_rows) > 1 else ""
     return (
-        f"row {first.row} of {names[first.source]} is no training sample: {first.reason}{others}. "
+        f"row {first.row} of {names[first.source]} is not a training sample: {first.reason}{others}. "
         "Check the row, and the arguments that say how rows are read"
     )
 
@@ -128,11 +128,11 @@ def conversation_fault(messages: Any, role: str, content: str, roles: Sequence[s
         roles: that a message may have; the last one's turns are trained on.
     """
     if not isinstance(messages, list):
-        return f"messages are no list but {'null' if messages is None else type(messages).__name__}"
+        return f"messages are not a list but {'null' if messages is None else type(messages).__name__}"
     if not messages:
         return "no messages"
     if not all(isinstance(message, dict) for message in messages):
-        return "messages are no objects with a role and content"
+        return "messages are not objects with a role and content"
     for message in messages:
         if message.get(role) not in roles:
             return f"role {message.get(role)!r} is none of {', '.join(roles)}"

@@ -72,7 +72,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardSummary:
-    """What a finished shard holds: samples, their content's digest, the rows that are no samples, and what was done to others."""
+    """What a finished shard holds: samples, their content's digest, rows that are not samples, and what was done to others."""
 
     num_samples: int
     digest: str

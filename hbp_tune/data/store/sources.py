@@ -39,7 +39,7 @@ class Counts(Protocol):
 
     @property
     def bad_rows(self) -> tuple[BadRow, ...]:
-        """The rows that are no samples."""
+        """The rows that are not samples."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -37,7 +37,7 @@ class TokenStore:
         sources: ``int16[num_samples]``, which of the configured data sets a sample comes from.
         num_targets: ``int32[num_samples]``, labels of each that count toward the loss.
         rows: ``int32[num_samples]``, its row there; bad rows leave gaps.
-        bad_rows: the rows that are no samples, in order.
+        bad_rows: the rows that are not samples, in order.
         notes: what was done to rows that are.
         fingerprint: of all tokens and targets, in order: what resuming compares.
 

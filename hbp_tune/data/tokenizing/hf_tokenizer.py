@@ -131,11 +131,11 @@ class HFTokenizer:
         """Tokenise torchtune's messages.
 
         Args:
-            messages: of text; ``masked`` ones are no targets.
+            messages: of text; ``masked`` ones are not targets.
             add_end_tokens: give the whole conversation; else the prompt for the turn behind it, all of it masked.
 
         Returns:
-            ``num_tokens`` ids, and whether each is no target.
+            ``num_tokens`` ids, and whether each is not a target.
 
         Raises:
             DataError: a message holds something else than text.

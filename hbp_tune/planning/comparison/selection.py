@@ -52,7 +52,7 @@ class GroupChoice:
 
 
 def length_name(pack_len: int) -> str:
-    """Name a group by its length: ``16K``, or the number of tokens where that is no multiple of 1,024."""
+    """Name a group by its length: ``16K``, or the number of tokens where that is not a multiple of 1,024."""
     return f"{pack_len // 1024}K" if pack_len % 1024 == 0 else str(pack_len)
 
 

@@ -93,7 +93,7 @@ class StepLimit:
         max_len: steps without a document of more tokens are short. Without either, those of the shortest group.
 
     Raises:
-        ConfigError: a value is no whole number of at least 1, or both are given.
+        ConfigError: a value is not a whole number of at least 1, or both are given.
     """
 
     key: str

@@ -27,7 +27,7 @@ def draw_samples(sources: NDArray[np.int16], weights: Sequence[float], *, seed: 
         ``int32[num_drawn]`` sample ids, ascending, as often as they are trained. If all weights are 1, every sample once.
 
     Raises:
-        ConfigError: a weight is no finite number above 0, or so small that it draws nothing; or a data set has none.
+        ConfigError: a weight is not a finite number above 0, or so small that it draws nothing; or a data set has none.
     """
     repeats = np.zeros(len(sources), dtype=np.int64)
     for source in np.unique(sources):

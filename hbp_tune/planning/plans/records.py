@@ -29,7 +29,7 @@ class PackingGroup:
             memory until then.
 
     Raises:
-        ConfigError: a value is out of range, or ``pack_len`` is no multiple of ``2 * cp_degree``.
+        ConfigError: a value is out of range, or ``pack_len`` is not a multiple of ``2 * cp_degree``.
     """
 
     name: str

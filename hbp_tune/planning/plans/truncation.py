@@ -17,7 +17,7 @@ def cut_of(overlong: str) -> str:
 def kept_tokens(is_target: NDArray[np.bool_], max_len: int, cut: str) -> NDArray[np.int64]:
     """Choose the tokens of a sample that stay.
 
-    ``truncate_middle`` takes tokens that are no targets, from the middle of their longest run (a document in the prompt, as a
+    ``truncate_middle`` takes tokens that are not targets, from the middle of their longest run (a document in the prompt, as a
     rule), then from the middle of the next. ``truncate_start`` takes the beginning of the prompt, behind its first token.
     Both leave 16 tokens at each end of what they cut, and take what is still too much from the sample's end, as
     ``truncate_end`` does from the start: then the answer itself is too long.

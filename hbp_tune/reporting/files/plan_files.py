@@ -107,7 +107,7 @@ def read_plan(path: Path) -> tuple[EpochPlan, ...]:
     """Read the plans that `write_plan` wrote, one per epoch, and verify that they are still the same.
 
     Raises:
-        DataError: there is no such file, it is no plan, or it was changed since it was written.
+        DataError: there is no such file, it is not a plan, or it was changed since it was written.
     """
     table = _read_table(path)
     metadata = _read_metadata(path, table.schema.metadata or {})
@@ -223,14 +223,14 @@ def _read_table(path: Path) -> pa.Table:
     except FileNotFoundError as error:
         raise DataError(f"there is no plan at {path}; check the path, or plan again to write it") from error
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no parquet file, or a damaged one ({error}); plan again to write it") from error
+        raise DataError(f"{path} is not a parquet file, or a damaged one ({error}); plan again to write it") from error
 
 
 def _read_metadata(path: Path, metadata: Mapping[bytes, bytes]) -> _Metadata:
     """Read what belongs to the whole file.
 
     Raises:
-        DataError: the file is no plan, one of another version, or its metadata are damaged.
+        DataError: the file is not a plan, one of another version, or its metadata are damaged.
     """
     if _PLAN_KEY not in metadata or _IDS_KEY not in metadata:
         raise DataError(f"{path} is parquet, but no plan: its schema has no {_PLAN_KEY.decode()!r}; plan again to write one")
@@ -252,14 +252,14 @@ def _read_metadata(path: Path, metadata: Mapping[bytes, bytes]) -> _Metadata:
 
 
 def _read_columns(path: Path, table: pa.Table, metadata: _Metadata) -> dict[str, NDArray[Any]]:
-    """Give the columns as integers; ``group`` as index, -1 for a name that is no group's.
+    """Give the columns as integers; ``group`` as index, -1 for a name that is not a group's.
 
     Raises:
         DataError: a column is missing or has another type.
     """
     for field in _SCHEMA:
         if field.name not in table.schema.names:
-            raise DataError(f"{path} has no column {field.name!r}: it is no whole plan; plan again")
+            raise DataError(f"{path} has no column {field.name!r}: it is not a whole plan; plan again")
         found = table.schema.field(field.name)
         if not found.equals(field):
             raise DataError(f"{path}: column {field.name!r} is {found.type}, not {field.type} without nulls; plan again")

@@ -44,7 +44,7 @@ def read_profile(path: Path) -> Profile | None:
     """Read a saved profile; None where there is none.
 
     Raises:
-        ConfigError: the file is no profile.
+        ConfigError: the file is not a profile.
     """
     if not path.exists():
         return None
@@ -63,7 +63,7 @@ def read_profile(path: Path) -> Profile | None:
         return Profile(machine=read["machine"], model=read["model"], versions=read["versions"], measurements=tuple(measurements))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path} is no profile of groups: {type(error).__name__}: {error}; remove it, or set profile.file to another path"
+            f"{path} is not a profile of groups: {type(error).__name__}: {error}; remove it, or set profile.file to another path"
         ) from error
 
 

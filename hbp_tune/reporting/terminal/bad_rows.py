@@ -1,4 +1,4 @@
-"""Rows that are no training samples: counted, listed by file and row, never dropped silently."""
+"""Rows that are not training samples: counted, listed by file and row, never dropped silently."""
 
 import csv
 import re
@@ -58,7 +58,7 @@ def report_bad_rows(bad_rows: BadRowList, path: Path, policy: str) -> str | None
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(_SHOWN))
     more = f" and {len(reasons) - _SHOWN} more reasons" if len(reasons) > _SHOWN else ""
     first = ", ".join(str(place) for place, _ in listed[:_SHOWN])
-    line = f"{len(listed)} of {bad_rows.num_rows} rows are no training samples ({counts}{more}), the first: {first}"
+    line = f"{len(listed)} of {bad_rows.num_rows} rows are not training samples ({counts}{more}), the first: {first}"
     if policy == "error":
         raise DataError(f"{line}; all are listed in {path}: mend them, or set bad_rows=drop to leave them out")
     return f"{line}; left out, all are listed in {path}"
