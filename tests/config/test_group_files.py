@@ -50,7 +50,7 @@ def test_a_broken_file(tmp_path: Path) -> None:
 
 
 def test_a_word_is_no_list_of_groups() -> None:
-    with pytest.raises(ConfigError, match=r"groups=auto is not a list of groups; choose them with `tune run hbp_plan"):
+    with pytest.raises(ConfigError, match=r"groups=auto is not a list of groups; choose them by `tune run hbp_plan"):
         groups_of(OmegaConf.create({"groups": "auto"}))
 
 

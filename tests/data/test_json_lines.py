@@ -58,7 +58,7 @@ def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
     [
         ("a.jsonl", GOOD, True),
         ("a.json", b"\n" + GOOD, True),
-        ("a.JSONL.gz", gzip.compress(GOOD), True),
+        ("a.JSONL.gz", gzip.compress(GOOD, mtime=0), True),
         ("a.json", b"", True),
         ("a.parquet", GOOD, False),
         ("a.json", b' [{"id": 1}]', False),
