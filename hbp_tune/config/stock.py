@@ -121,7 +121,7 @@ def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> 
     """
     for key, (harmless, replacement) in REPLACED.items():
         if key in cfg and not any(cfg[key] is value or cfg[key] == value for value in harmless):
-            raise ConfigError(f"{key}={cfg[key]} of torchtune's stock recipe has no place here, remove it: {replacement}")
+            raise ConfigError(f"{key}={cfg[key]} of torchtune's stock recipe is not supported here; remove it: {replacement}")
     known = _CARRIED | _OURS | _PLAN | REPLACED.keys()
     for key in cfg:
         # Keys of the user's own, for interpolation, are fine; a near miss of a known key is a mistake.
@@ -166,7 +166,7 @@ def check_config(cfg: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> 
     for key in ("dataset", "dataset_val") if "dataset" in required else ():
         for name, dataset in dataset_nodes(cfg.get(key) or [], key).items():
             if dataset.get("packed"):
-                raise ConfigError(f"{name}: packed=True has no place here, remove it: groups decide how samples are packed")
+                raise ConfigError(f"{name}: packed=True is not supported here; remove it: groups decide how samples are packed")
 
 
 def is_stock_loss(cfg: Mapping[str, Any]) -> bool:
@@ -181,7 +181,7 @@ def is_stock_loss(cfg: Mapping[str, Any]) -> bool:
     if not hasattr(loss, "keys") or loss.get("_component_") not in _STOCK_LOSSES:
         return False
     if extra := [key for key in loss if key not in ("_component_", "num_output_chunks")]:
-        raise ConfigError(f"loss.{extra[0]} of {loss['_component_']} has no place here; use hbp_tune.components.AveTokenLoss")
+        raise ConfigError(f"loss.{extra[0]} of {loss['_component_']} is not supported here; use hbp_tune.components.AveTokenLoss")
     return True
 
 

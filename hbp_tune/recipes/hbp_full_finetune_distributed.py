@@ -1,4 +1,4 @@
-"""Full fine-tuning by Hierarchical Balance Packing (HBP, arXiv 2503.07680) on FSDP2, in torchtune's recipe style.
+"""Full fine-tuning by Hierarchical Balance Packing (HBP, arXiv 2503.07680) on FSDP2: a whole run in one file, to copy.
 
 Start it with
 

@@ -61,7 +61,7 @@ def export_weights(export: Callable[[], None], directory: Path, needed: int) -> 
             raise
         raise SaveError(
             f"the weights could not be exported to {directory}: {reason} ({describe_room(directory, needed)}); saved progress is "
-            f"as it was. Make room, then go on with resume_from_checkpoint=True"
+            f"as it was. Free space, then resume with resume_from_checkpoint=True"
         ) from error
 
 

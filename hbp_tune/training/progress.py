@@ -145,7 +145,7 @@ class ProgressSaver:
         if problem and (is_last or self._failures_in_row == _MAX_FAILURES_IN_ROW):
             raise SaveError(
                 f"{problem}; {'the run ends without it' if is_last else f'it is failure {_MAX_FAILURES_IN_ROW} in a row'}. "
-                f"Make room or change output_dir's disk, then go on with resume_from_checkpoint=True"
+                f"Free space, or change output_dir's disk, then resume with resume_from_checkpoint=True"
             )
 
     def newest(self) -> Path | None:

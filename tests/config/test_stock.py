@@ -144,7 +144,7 @@ def test_following_the_errors_turns_a_stock_config_into_ours(path: str) -> None:
             if "'groups' is missing" in str(error):
                 cfg.groups = settings().groups
                 continue
-            key, replacement = re.fullmatch(r"(\w+)=.* has no place here, remove it: (.+)", str(error), re.DOTALL).groups()
+            key, replacement = re.fullmatch(r"(\w+)=.* is not supported here; remove it: (.+)", str(error), re.DOTALL).groups()
             assert REFUSED[key][2] in replacement
             removed.append(key)
             del cfg[key]
@@ -163,7 +163,7 @@ def test_the_list_of_refused_keys_is_complete() -> None:
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, (harmful, _, _) in REFUSED.items() for value in harmful])
 def test_a_refused_key_names_its_replacement(key: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"^{key}=.* has no place here, remove it: .*{re.escape(REFUSED[key][2])}"):
+    with pytest.raises(ConfigError, match=rf"^{key}=.* is not supported here; remove it: .*{re.escape(REFUSED[key][2])}"):
         check_config(settings(**{key: value}))
 
 
@@ -289,7 +289,7 @@ def test_a_recipe_that_needs_less_asks_for_less() -> None:
 
 
 def test_packed_data_sets_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"dataset: packed=True has no place here, remove it: groups decide"):
+    with pytest.raises(ConfigError, match=r"dataset: packed=True is not supported here; remove it: groups decide"):
         check_config(settings(dataset={"_component_": "d", "packed": True}))
     with pytest.raises(ConfigError, match=r"dataset\[1\]: packed=True"):
         check_config(settings(dataset=[{"_component_": "d", "packed": False}, {"_component_": "d", "packed": True}]))

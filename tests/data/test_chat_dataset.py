@@ -204,9 +204,9 @@ def test_token_ids(file):
         ({"input_ids": [5, -1]}, "input_ids holds -1, the tokenizer has ids of 0 to 99"),
         ({"input_ids": [5, 6], "labels": [6, -100]}, "labels must equal input_ids or be -100, not shifted; these are others"),
         ({"input_ids": [5, 6], "labels": [6]}, "labels are not a list of as many as input_ids: 2"),
-        ({"input_ids": [5, 6], "attention_mask": [1, 0]}, "attention_mask is 0 somewhere: padding has no place here, cut it off"),
+        ({"input_ids": [5, 6], "attention_mask": [1, 0]}, "attention_mask is 0 somewhere: padding is not supported; remove it"),
         ({"input_ids": []}, "input_ids is not a list of token ids"),
-        ({"input_ids": [5, 6], "attention_mask": 1}, "attention_mask is 0 somewhere: padding has no place here, cut it off"),
+        ({"input_ids": [5, 6], "attention_mask": 1}, "attention_mask is 0 somewhere: padding is not supported; remove it"),
     ],
 )
 def test_token_ids_that_do_not_fit(file, row, reason):

@@ -144,7 +144,7 @@ def full_disk_job(cfg: DictConfig, steps: list[int]) -> list[dict[str, Any]]:
 def test_the_third_refused_save_in_a_row_ends_the_run(ranks: Ranks, tmp_path: Path, is_async: bool) -> None:
     message = (
         r"SaveError: progress of step 4 could not be saved: \[Errno 27\] File too large \([\d,.]+ MiB free, about "
-        r"[\d,.]+ MiB needed\); the newest progress is step_1; it is failure 3 in a row. Make room"
+        r"[\d,.]+ MiB needed\); the newest progress is step_1; it is failure 3 in a row. Free space"
     )
     cfg = make_config(tmp_path, save_every_n_steps=1, async_save=is_async)
     with pytest.raises(RankError, match=message) as raised:
@@ -156,7 +156,7 @@ def test_the_third_refused_save_in_a_row_ends_the_run(ranks: Ranks, tmp_path: Pa
 def test_a_full_disk_at_the_final_export_is_one_error(ranks: Ranks, tmp_path: Path) -> None:
     message = (
         r"SaveError: the weights could not be exported to .*/out: .*I/O error: File too large.* MiB needed\); saved "
-        r"progress is as it was. Make room, then go on with resume_from_checkpoint=True"
+        r"progress is as it was. Free space, then resume with resume_from_checkpoint=True"
     )
     cfg = make_config(tmp_path, save_every_n_steps=3)
     with pytest.raises(RankError, match=message) as raised:

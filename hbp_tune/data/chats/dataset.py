@@ -174,7 +174,7 @@ class ChatDataset:
             raise DataError(f"{column} holds {min(ids) if min(ids) < 0 else max(ids)}, the tokenizer has ids {known}")
         attended = row.get("attention_mask")
         if attended is not None and (not isinstance(attended, list) or not all(attended)):
-            raise DataError("attention_mask is 0 somewhere: padding has no place here, cut it off")
+            raise DataError("attention_mask is 0 somewhere: padding is not supported; remove it")
         labels = row.get(self._format.columns.get("labels", "labels"), ids)
         if not isinstance(labels, list) or len(labels) != len(ids):
             raise DataError(f"labels are not a list of as many as {column}: {len(ids)}")
