@@ -260,7 +260,7 @@ ERRORS: list[tuple[str, dict[str, Any], type[HbpError], str]] = [
     ),
     ("overlong", {"groups": [SHORT]}, PackingError, r"group 'short' holds 128.*planner.overlong=drop"),
     ("positions", {"model.max_seq_len": 500}, ConfigError, r"has 512 tokens, the model encodes 500 positions"),
-    ("stock key", {"batch_size": 2}, ConfigError, r"batch_size=2 .* has no place here"),
+    ("stock key", {"batch_size": 2}, ConfigError, r"batch_size=2 .* is not supported here"),
 ]
 
 

@@ -130,7 +130,7 @@ def test_the_end_of_the_run_is_validated_by_default(ranks: Callable[[int], RankP
             r"PackingError: dataset_val: sample 1 has 3000 tokens, group 'long' holds 2048.*planner.overlong=drop",
         ),
         ({"dataset_val": {**HELD_OUT[0], "lengths": [1, 1]}}, r"no target: no token counts toward the loss"),
-        ({"dataset_val": [{**HELD_OUT[0], "packed": True}]}, r"dataset_val: packed=True has no place here"),
+        ({"dataset_val": [{**HELD_OUT[0], "packed": True}]}, r"dataset_val: packed=True is not supported here"),
     ],
     ids=["no data", "never", "overlong", "no target", "packed"],
 )

@@ -32,7 +32,7 @@ class ShortFirst:
 
     Args:
         steps: how long it draws from short steps only: a share of the run, such as 0.05, for which an epoch gives at most a third
-            of its short steps; or a number of optimizer steps of the run, fewer than an epoch has short ones.
+            of its short steps; or a number of optimizer steps of the run, a third too where they would take all short ones.
         max_pack_len: steps of groups up to this pack length are short; by default those of the shortest group.
         max_len: in its place: steps without a document of more tokens are short, under one-length packing too.
         spacing: how steps are mixed, among the short and afterwards; see `Interleave`.
@@ -48,21 +48,19 @@ class ShortFirst:
         self._mix = Interleave(spacing)
 
     def order(self, steps: StepProfile, *, first_step: int, epoch: int, seed: int) -> NDArray[np.int64]:
-        """Give the order in which the epoch's steps are trained; see `Curriculum`.
-
-        Raises:
-            ConfigError: no step is short, or all of them would be trained before any other.
-        """
+        """Give the order in which the epoch's steps are trained; see `Curriculum`. No short step is a `ConfigError`."""
         wanted = steps.count(self._steps) - first_step
         short = np.flatnonzero(self._limit.is_short(steps)) if wanted > 0 else np.arange(0)
-        if isinstance(self._steps, float):
-            wanted = min(wanted, len(short) // 3)
-        elif len(short) <= wanted and 0 < len(short) < len(steps):
-            raise ConfigError(
+        would_sort = 0 < len(short) <= wanted and len(short) < len(steps)
+        if would_sort and not isinstance(self._steps, float):
+            warnings.warn(
                 f"curriculum.steps={self._steps} would train all {len(short)} short steps of epoch {epoch} before its "
-                f"{len(steps) - len(short)} others, and mix none; give a share of the run, such as steps=0.05, or a number below "
-                f"{first_step + len(short)}"
+                f"{len(steps) - len(short)} others, and mix none: {len(short) // 3} of them come first, a third; give a "
+                f"share of the run, such as steps=0.05, or a number below {first_step + len(short)}",
+                stacklevel=2,
             )
+        if would_sort or isinstance(self._steps, float):
+            wanted = min(wanted, len(short) // 3)
         drawn = short[self._mix.order(steps.take(short), first_step=first_step, epoch=epoch, seed=seed)][: max(wanted, 0)]
         left = np.setdiff1d(np.arange(len(steps)), drawn)
         rest = left[self._mix.order(steps.take(left), first_step=first_step + len(drawn), epoch=epoch, seed=seed)]
