@@ -42,7 +42,6 @@ class Family:
         title: its name.
         repository: on the hub, with ``{size}``.
         builder: of the model, with ``{size}``.
-        model_type: of torchtune's checkpointer; None for Qwen3's own.
         positions: that it encodes.
         about_yarn: what its configurations of 128K say about positions.
         yarn_suffix: of their names; None where 128K needs no YaRN.
@@ -52,7 +51,6 @@ class Family:
     title: str
     repository: str
     builder: str
-    model_type: str | None
     positions: int
     about_yarn: str = ""
     yarn_suffix: str | None = None
@@ -69,7 +67,6 @@ class Config:
         title: of the model.
         repository: on the hub.
         builder: of the model.
-        num_files: of the checkpoint.
         has_yarn: whether positions are stretched to 128K.
         about: what the comment above the model says.
         num_nodes: of 8 cards; 0 for a single card.
@@ -82,7 +79,6 @@ class Config:
     title: str
     repository: str
     builder: str
-    num_files: int
     has_yarn: bool = False
     about: str = ""
     num_nodes: int = 1
@@ -109,7 +105,6 @@ LLAMA = Family(
     title="Llama3.1 {size} Instruct",
     repository="meta-llama/Meta-Llama-3.1-{size}-Instruct",
     builder="torchtune.models.llama3_1.llama3_1_{size}",
-    model_type="LLAMA3",
     positions=131072,
     ignore="original/consolidated*",
 )
@@ -118,7 +113,6 @@ LLAMA_3_2 = replace(
     title="Llama3.2 {size} Instruct",
     repository="meta-llama/Llama-3.2-{size}-Instruct",
     builder="torchtune.models.llama3_2.llama3_2_{size}",
-    model_type="LLAMA3_2",
 )
 LLAMA_3_3 = replace(
     LLAMA,
@@ -130,7 +124,6 @@ QWEN2_5 = Family(
     title="Qwen2.5 {size} Instruct",
     repository="Qwen/Qwen2.5-{size}-Instruct",
     builder="torchtune.models.qwen2_5.qwen2_5_{size}_instruct",
-    model_type="QWEN2",
     positions=32768,
     about_yarn="the instruct model encodes 32768 positions, and four times as many by YaRN (arXiv 2309.00071).",
     yarn_suffix="_instruct_128K",
@@ -139,36 +132,30 @@ QWEN3 = Family(
     title="Qwen3 {size}",
     repository="Qwen/Qwen3-{size}",
     builder="hbp_tune.components.qwen3_{size}",
-    model_type=None,
     positions=32768,
     about_yarn="Qwen3 is trained on 32768 positions, and four times as many by YaRN (arXiv 2309.00071).",
     yarn_suffix="_128K",
 )
-# Folder, family, then for each size the checkpoint's number of files and the nodes to train it on.
+# Folder, family, then for each size the nodes to train it on.
 TABLE = (
-    ("llama3_1", LLAMA, {"8B": (4, 1), "70B": (30, 4)}),
-    ("llama3_2", LLAMA_3_2, {"1B": (1, 1), "3B": (2, 1)}),
-    ("llama3_3", LLAMA_3_3, {"70B": (30, 4)}),
-    (
-        "qwen2_5",
-        QWEN2_5,
-        {"0.5B": (1, 1), "1.5B": (1, 1), "3B": (2, 1), "7B": (4, 1), "14B": (8, 1), "32B": (17, 1), "72B": (37, 4)},
-    ),
-    ("qwen3", QWEN3, {"0.6B": (1, 1), "1.7B": (2, 1), "4B": (3, 1), "8B": (5, 1), "14B": (8, 1), "32B": (17, 1)}),
+    ("llama3_1", LLAMA, {"8B": 1, "70B": 4}),
+    ("llama3_2", LLAMA_3_2, {"1B": 1, "3B": 1}),
+    ("llama3_3", LLAMA_3_3, {"70B": 4}),
+    ("qwen2_5", QWEN2_5, {"0.5B": 1, "1.5B": 1, "3B": 1, "7B": 1, "14B": 1, "32B": 1, "72B": 4}),
+    ("qwen3", QWEN3, {"0.6B": 1, "1.7B": 1, "4B": 1, "8B": 1, "14B": 1, "32B": 1}),
 )
 
 
 def configs() -> Iterator[Config]:
     """Give every configuration of the table."""
     for folder, family, sizes in TABLE:
-        for size, (num_files, num_nodes) in sizes.items():
+        for size, num_nodes in sizes.items():
             config = Config(
                 name=f"{folder}/{size}_hbp_full",
                 family=family,
                 title=family.title.format(size=size),
                 repository=family.repository.format(size=size),
                 builder=_builder(family, size),
-                num_files=num_files,
                 num_nodes=num_nodes,
                 positions=family.positions,
             )
@@ -244,26 +231,13 @@ def _model(config: Config) -> dict[str, str]:
             f"  _component_: hbp_tune.components.with_yarn\n  model:\n    _component_: {config.builder}\n"
             f"  factor: 4.0\n  original_max_position_embeddings: 32768"
         )
-    model_type = config.family.model_type
     return {
         "about_model": about,
         "model": model,
-        "checkpointer": "torchtune.training.FullModelHFCheckpointer" if model_type else "hbp_tune.components.Qwen3Checkpointer",
-        "files": _files(config.num_files),
-        "model_type": f"  model_type: {model_type}\n" if model_type else "",
         "optimizer": "  _component_: torch.optim.AdamW\n  fused: True"
         if config.num_nodes
         else "  _component_: torchao.optim.AdamW8bit  # 15 GiB less than torch.optim.AdamW in bf16",
     }
-
-
-def _files(num_files: int) -> str:
-    if num_files == 1:
-        return "  checkpoint_files: [model.safetensors]"
-    if num_files <= 5:
-        names = [f"    model-{i:05}-of-{num_files:05}.safetensors" for i in range(1, num_files + 1)]
-        return "  checkpoint_files: [\n" + ",\n".join(names) + "\n  ]"
-    return f'  checkpoint_files:\n    filename_format: model-{{}}-of-{{}}.safetensors\n    max_filename: "{num_files:05}"'
 
 
 def _groups(config: Config, groups: list[dict[str, Any]], peak_gib: float) -> dict[str, str]:

@@ -139,11 +139,9 @@ def recipe_config(directory: Path, lengths: list[int], groups: list[dict[str, An
         "groups": [{"_component_": "hbp_tune.components.PackingGroup", **group} for group in groups],
         "planner": {"_component_": "hbp_tune.components.BalancePlanner", "tokens_per_step": 2048},
         "checkpointer": {
-            "_component_": "torchtune.training.FullModelHFCheckpointer",
+            "_component_": "hbp_tune.components.HFCheckpointer",
             "checkpoint_dir": str(directory / "model"),
-            "checkpoint_files": ["model.safetensors"],
             "output_dir": str(directory / "out"),
-            "model_type": "LLAMA3",
         },
         "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3},
         "metric_logger": {"_component_": "tests.helpers.MemoryLogger"},

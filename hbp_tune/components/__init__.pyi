@@ -1,5 +1,6 @@
 from hbp_tune.data.chats.dataset import ChatDataset as ChatDataset
 from hbp_tune.data.tokenizing.hf_tokenizer import HFTokenizer as HFTokenizer
+from hbp_tune.models.hf_checkpointer import HFCheckpointer as HFCheckpointer
 from hbp_tune.models.qwen3_family import Qwen3Checkpointer as Qwen3Checkpointer
 from hbp_tune.models.qwen3_family import qwen3 as qwen3
 from hbp_tune.models.qwen3_family import qwen3_0_6b as qwen3_0_6b

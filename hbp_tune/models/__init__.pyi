@@ -1,3 +1,4 @@
+from hbp_tune.models.hf_checkpointer import HFCheckpointer as HFCheckpointer
 from hbp_tune.models.hf_config import HFConfig as HFConfig
 from hbp_tune.models.parallel_decoder import parallelize_decoder as parallelize_decoder
 from hbp_tune.models.qwen3_family import Qwen3Checkpointer as Qwen3Checkpointer

@@ -107,16 +107,14 @@ class HFConfig:
 
     Args:
         checkpoint_dir: the checkpoint's folder, whose config.json torchtune's checkpointer copies into each export.
-        output_dir: holds a folder ``epoch_N`` for each export.
         model: the decoder that is trained.
 
     Raises:
         ConfigError: the model is built for another rope_theta than the checkpoint's.
     """
 
-    def __init__(self, checkpoint_dir: Path, output_dir: Path, model: nn.Module) -> None:
+    def __init__(self, checkpoint_dir: Path, model: nn.Module) -> None:
         self._source = checkpoint_dir / "config.json"
-        self._output_dir = output_dir
         self._text = self._source.read_text(encoding="utf-8")
         self._config: dict[str, Any] = json.loads(self._text)
         self._rope = type(_rotary_embedding(model)).__name__
@@ -136,10 +134,10 @@ class HFConfig:
             if value != self._config.get(key)
         ]
 
-    def write(self, epoch: int) -> None:
-        """Let the config.json exported at the end of an epoch be true; where nothing differs it is the checkpoint's own."""
-        path = self._output_dir / f"epoch_{epoch}" / "config.json"
-        # The checkpointer keeps a file that is there already, such as an earlier run's.
+    def write(self, folder: Path) -> None:
+        """Let the config.json of an export be true; where nothing differs it is the checkpoint's own."""
+        path = folder / "config.json"
+        # torchtune's checkpointer keeps a file that is there already, such as an earlier run's.
         if path.is_file() and path.read_text(encoding="utf-8") == self._text:
             return
         unfinished = path.with_suffix(".json.tmp")

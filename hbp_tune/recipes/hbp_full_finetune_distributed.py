@@ -197,8 +197,10 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         """Build the checkpointer, and compare the positions of a Hugging Face checkpoint with those of the model."""
         checkpointer = hbp.config.build("checkpointer", node)
         self._hf_config: hbp.models.HFConfig | None = None
-        if isinstance(checkpointer, training.FullModelHFCheckpointer):
-            self._hf_config = hbp.models.HFConfig(Path(node.checkpoint_dir), Path(node.output_dir), self._model)
+        if isinstance(checkpointer, hbp.models.HFCheckpointer):
+            checkpointer.check(self._model)
+        if isinstance(checkpointer, training.FullModelHFCheckpointer | hbp.models.HFCheckpointer):
+            self._hf_config = hbp.models.HFConfig(Path(node.checkpoint_dir), self._model)
             for line in self._hf_config.differences():
                 utils.log_rank_zero(log, line, logging.WARNING)
         return checkpointer
@@ -308,14 +310,15 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     def _load_weights(self) -> None:
         start = time.perf_counter()
-        state_dict = self._checkpointer.load_checkpoint()[training.MODEL_KEY]
-        with training.set_default_dtype(self._dtype), self._device:
-            for module in self._model.modules():
-                if hasattr(module, "rope_init"):
-                    cast(Any, module).rope_init()  # positions are not weights: they are not in the checkpoint
-        training.load_from_full_model_state_dict(
-            self._model, state_dict, self._device, strict=True, cpu_offload=self._cpu_offload
-        )
+        if isinstance(self._checkpointer, hbp.models.HFCheckpointer):
+            arguments = {"device": self._device, "dtype": self._dtype, "cpu_offload": self._cpu_offload}
+            hbp.training.load_weights(self._checkpointer, self._model, **arguments)
+        else:
+            state_dict = self._checkpointer.load_checkpoint()[training.MODEL_KEY]
+            hbp.training.init_positions(self._model, self._device, self._dtype)
+            training.load_from_full_model_state_dict(
+                self._model, state_dict, self._device, strict=True, cpu_offload=self._cpu_offload
+            )
         training.validate_no_params_on_meta_device(self._model)
         utils.log_rank_zero(log, f"Loading weights took {time.perf_counter() - start:.1f} s")
 
@@ -462,18 +465,27 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     def save_checkpoint(self, epoch: int) -> None:
         """Export the weights in the checkpointer's format (Hugging Face), at the end of an epoch and of the run."""
+        folder = self._output_dir / f"epoch_{epoch}"
+
+        def add(folder: Path) -> None:
+            if self._hf_config:
+                self._hf_config.write(folder)
+                if isinstance(self._tokenizer, hbp.data.HFTokenizer):
+                    self._tokenizer.export(folder)
+
+        if isinstance(self._checkpointer, hbp.models.HFCheckpointer):
+            export = partial(hbp.training.export_rows, self._checkpointer, self._model, folder, add)
+            hbp.training.export_weights(export, self._output_dir, sum(p.nbytes for p in self._model.parameters()))
+            return
         state_dict = training.gather_cpu_state_dict(self._model, self._is_rank_zero, device=self._device)
 
-        def export() -> None:
+        def export_whole() -> None:
             self._checkpointer.save_checkpoint({training.MODEL_KEY: state_dict}, epoch=epoch)
-            if self._hf_config:
-                self._hf_config.write(epoch)
-                if isinstance(self._tokenizer, hbp.data.HFTokenizer):
-                    self._tokenizer.export(self._output_dir / f"epoch_{epoch}")
+            add(folder)
 
         # An error on rank 0, such as a full disk, is one on every rank: none waits for it in vain.
         hbp.parallel.from_rank_zero(
-            partial(hbp.training.export_weights, export, self._output_dir, hbp.training.num_bytes(state_dict))
+            partial(hbp.training.export_weights, export_whole, self._output_dir, hbp.training.num_bytes(state_dict))
         )
 
     def cleanup(self) -> None:

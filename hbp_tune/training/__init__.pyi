@@ -26,3 +26,6 @@ from hbp_tune.training.telemetry import StepTelemetry as StepTelemetry
 from hbp_tune.training.validation import Validator as Validator
 from hbp_tune.training.validation import describe_validation as describe_validation
 from hbp_tune.training.validation import plan_validation as plan_validation
+from hbp_tune.training.weights import export_rows as export_rows
+from hbp_tune.training.weights import init_positions as init_positions
+from hbp_tune.training.weights import load_weights as load_weights

@@ -77,11 +77,11 @@ def open_config(folder: Path, config: dict[str, Any], model: nn.Module) -> HFCon
     (folder / "model").mkdir(exist_ok=True)
     (folder / "out/epoch_0").mkdir(parents=True, exist_ok=True)
     (folder / "model/config.json").write_text(json.dumps(config, indent=3))  # of a checkpoint with its own layout
-    return HFConfig(folder / "model", folder / "out", model)
+    return HFConfig(folder / "model", model)
 
 
 def exported(folder: Path, config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    open_config(folder, config, model).write(epoch=0)
+    open_config(folder, config, model).write(folder / "out/epoch_0")
     assert [path.name for path in (folder / "out/epoch_0").iterdir()] == ["config.json"]
     result: dict[str, Any] = json.loads((folder / "out/epoch_0/config.json").read_text())
     return result
@@ -95,7 +95,7 @@ def test_the_checkpoints_own_file_is_true_and_stays(
     with torch.device("meta"):
         file = open_config(tmp_path, words(config), builder())
     assert file.differences() == []
-    file.write(epoch=0)
+    file.write(tmp_path / "out/epoch_0")
     assert (tmp_path / "out/epoch_0/config.json").read_bytes() == (tmp_path / "model/config.json").read_bytes()
 
 
