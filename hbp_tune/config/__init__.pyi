@@ -1,6 +1,8 @@
 from hbp_tune.config.building import build as build
 from hbp_tune.config.building import build_setting as build_setting
 from hbp_tune.config.building import setting as setting
+from hbp_tune.config.changes import describe_changes as describe_changes
+from hbp_tune.config.changes import flat_settings as flat_settings
 from hbp_tune.config.folders import output_folder as output_folder
 from hbp_tune.config.group_files import groups_of as groups_of
 from hbp_tune.config.group_files import write_groups as write_groups

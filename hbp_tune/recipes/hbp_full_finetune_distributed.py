@@ -127,6 +127,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
         self._progress = hbp.training.ProgressSaver(
             progress,
             hbp.training.RunIdentity(world_size=self.world_size, groups=self._groups, store_fingerprint=self._store.fingerprint),
+            settings=(settings := hbp.config.flat_settings(cfg)),
             keep=cfg.get("keep_last_n_checkpoints") or 1,
             is_async=cfg.get("async_save") or False,
             log=partial(utils.log_rank_zero, log),
@@ -150,6 +151,8 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             cfg, "lr_scheduler", self._optimizer, num_training_steps=sum(self._steps_per_epoch)
         )
         if position is not None:
+            for line in hbp.config.describe_changes(self._progress.saved_settings(position), settings):
+                utils.log_rank_zero(log, line)
             self._resume(position)
         layouts = [x for group in self._groups for x in self._context_parallel.layouts(self._decoder.heads, group.cp_degree)]
         meshes = hbp.parallel.build_cp_meshes(layouts, self._device.type, timeout=self._timeout)
@@ -331,7 +334,9 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
 
     def _resume(self, position: hbp.training.Position) -> None:
         """Take up weights, optimizer, schedule and random state where the last completed step left them."""
+        configured = hbp.training.optimizer_settings(self._optimizer)
         self._progress.load(position, model=self._model, optimizer=self._optimizer, lr_scheduler=self._lr_scheduler)
+        hbp.training.take_up_settings(self._optimizer, self._lr_scheduler, configured)
         total_steps = sum(self._steps_per_epoch)
         if position.total_steps != total_steps:
             utils.log_rank_zero(

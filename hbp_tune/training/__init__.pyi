@@ -21,6 +21,8 @@ from hbp_tune.training.progress import ProgressSaver as ProgressSaver
 from hbp_tune.training.progress import RunIdentity as RunIdentity
 from hbp_tune.training.progress import check_plan_hash as check_plan_hash
 from hbp_tune.training.progress_folder import set_aside as set_aside
+from hbp_tune.training.resuming import optimizer_settings as optimizer_settings
+from hbp_tune.training.resuming import take_up_settings as take_up_settings
 from hbp_tune.training.signals import StopSignals as StopSignals
 from hbp_tune.training.telemetry import StepTelemetry as StepTelemetry
 from hbp_tune.training.validation import Validator as Validator

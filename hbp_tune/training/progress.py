@@ -3,7 +3,7 @@
 import io
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -84,6 +84,7 @@ class ProgressSaver:
     Args:
         directory: holds ``step_N`` folders.
         identity: of this run.
+        settings: of this run, kept beside its progress.
         keep: newest folders that are kept.
         is_async: copy the state to host memory and write it while training goes on.
         log: what rank 0 says about each save.
@@ -94,12 +95,14 @@ class ProgressSaver:
         directory: Path,
         identity: RunIdentity,
         *,
+        settings: Mapping[str, Any],
         keep: int = 1,
         is_async: bool = False,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._folder = ProgressFolder(directory, keep=keep)
         self._identity = identity
+        self._settings = dict(settings)
         self._is_async = is_async
         self._log = log
         self._pg = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
@@ -119,7 +122,7 @@ class ProgressSaver:
         files = {f"random_{dist.get_rank()}.pt": _to_bytes(_random_state())}
         if dist.get_rank() == 0:
             files["lr_scheduler.pt"] = _to_bytes(lr_scheduler.state_dict() if lr_scheduler else None)
-            record = {"position": asdict(position), "identity": _plain(self._identity)}
+            record = {"position": asdict(position), "identity": _plain(self._identity), "settings": self._settings}
             files[RECORD] = json.dumps(record, indent=2).encode()
         if self._is_async:
             weights = BlockingAsyncStager().stage(weights)  # the same in torch 2.11 to 2.13, which call it experimental
@@ -170,6 +173,12 @@ class ProgressSaver:
         record = json.loads((folder / RECORD).read_text())
         self._check_identity(record["identity"], folder)
         return Position(**record["position"])
+
+    def saved_settings(self, position: Position) -> dict[str, Any]:
+        """Give the settings of the run that saved its progress at ``position``."""
+        record = json.loads((self._folder.directory / f"step_{position.global_step}" / RECORD).read_text())
+        settings: dict[str, Any] = record["settings"]
+        return settings
 
     def load(
         self, position: Position, *, model: nn.Module, optimizer: Optimizer, lr_scheduler: LRScheduler | None = None

@@ -1,5 +1,6 @@
 """Stopping and going on: the same losses, bit for bit, as a run that was never stopped."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed
+from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed, log
 from tests.helpers import mixed_lengths, recipe_config, run_recipe_job
 from tests.ranks import RankError, RankPool
 
@@ -88,6 +89,55 @@ def test_a_longer_run_goes_on_by_the_plan_that_it_began_with(ranks: Callable[[in
     assert resumed == begun
     fresh = OmegaConf.merge(longer, {"output_dir": str(tmp_path / "fresh"), "resume_from_checkpoint": False})
     assert ranks(2).run(plan_hash_job, fresh)[0] != begun, "a run that is longer from the start is another"
+
+
+@pytest.mark.parametrize("at_the_end", [True, False], ids=["after the end", "in mid-epoch"])
+def test_a_longer_run_has_the_learning_rates_of_one_schedule(
+    ranks: Callable[[int], RankPool], tmp_path: Path, at_the_end: bool
+) -> None:
+    whole = ranks(2).run(run_recipe_job, make_config(tmp_path / "whole", max_steps=9))[0]
+    begun = make_config(tmp_path / "longer", max_steps=6)
+    if at_the_end:
+        ranks(2).run(run_recipe_job, begun)
+    else:
+        ranks(2).run(run_until_crash_job, begun, 4)
+    first = 6 if at_the_end else 3
+    resumed = ranks(2).run(run_recipe_job, OmegaConf.merge(begun, {"max_steps": 9, "resume_from_checkpoint": True}))[0]
+    assert [step["lr"] for step in resumed] == [step["lr"] for step in whole[first:]]
+    assert all(step["lr"] > 0 for step in resumed[:-1])
+
+
+def lines_of_setup_job(cfg: DictConfig) -> tuple[list[str], list[dict[str, Any]]]:
+    lines: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log.addHandler(handler)
+    recipe = HBPFullFinetuneRecipeDistributed(cfg)
+    recipe.setup(cfg)
+    log.removeHandler(handler)
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in recipe._optimizer.param_groups]
+    return lines, groups
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_settings_that_differ_are_taken_up_and_said(
+    ranks: Callable[[int], RankPool], tmp_path: Path, uninterrupted: list[dict[str, Any]], scheduled: bool
+) -> None:
+    changes = {} if scheduled else {"lr_scheduler": None}
+    ranks(2).run(run_until_crash_job, make_config(tmp_path, **changes), 4)
+    cfg = make_config(tmp_path, resume_from_checkpoint=True, clip_grad_norm=0.5, **changes)
+    cfg.optimizer |= {"lr": 2e-3, "weight_decay": 0.3}
+    lines, groups = ranks(2).run(lines_of_setup_job, cfg)[0]
+    assert [line for line in lines if line.endswith("of the saved run")] == [
+        "clip_grad_norm=0.5 replaces clip_grad_norm=None of the saved run",
+        "optimizer.lr=0.002 replaces optimizer.lr=0.001 of the saved run",
+        "optimizer.weight_decay=0.3 replaces optimizer.weight_decay=None of the saved run",
+    ]
+    assert all(group["weight_decay"] == 0.3 for group in groups)
+    assert groups[0]["lr"] == (2 * uninterrupted[3]["lr"] if scheduled else 2e-3)
+    # Without changes nothing is said.
+    lines, _ = ranks(2).run(lines_of_setup_job, make_config(tmp_path, resume_from_checkpoint=True, **changes))[0]
+    assert not [line for line in lines if line.endswith("of the saved run")]
 
 
 def test_half_written_progress_is_never_the_newest(
