@@ -194,6 +194,17 @@ def mean_over_targets(losses: TokenLosses) -> torch.Tensor:
     return torch.cat([sample for packs in losses for samples in packs for sample in samples]).mean()
 
 
+def stock_weights(cfg: DictConfig) -> dict[str, torch.Tensor]:
+    """Give the checkpoint's weights as torchtune's own checkpointer reads them."""
+    checkpointer = training.FullModelHFCheckpointer(
+        checkpoint_dir=cfg.checkpointer.checkpoint_dir,
+        checkpoint_files=["model.safetensors"],
+        output_dir=cfg.output_dir,
+        model_type="LLAMA3",
+    )
+    return dict(checkpointer.load_checkpoint()[training.MODEL_KEY])
+
+
 def train_reference(
     cfg: DictConfig,
     plan: EpochPlan,
@@ -204,7 +215,7 @@ def train_reference(
 ) -> list[dict[str, float]]:
     """Train torchtune's stock model in one process: a dense block-causal mask for every pack, and a formula for the loss."""
     model = build(shape)
-    model.load_state_dict(config.instantiate(cfg.checkpointer).load_checkpoint()[training.MODEL_KEY])
+    model.load_state_dict(stock_weights(cfg))
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.optimizer.lr)
     steps = []
     for step in range(plan.num_steps):

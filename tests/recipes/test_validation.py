@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from torchtune import config, training
 
 from hbp_tune.demo.model import build
 from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed
-from tests.helpers import SHAPE, mixed_lengths, random_tokens, recipe_config
+from tests.helpers import SHAPE, mixed_lengths, random_tokens, recipe_config, stock_weights
 from tests.ranks import RankError, RankPool
 
 SOURCES = [
@@ -49,7 +48,7 @@ def validate_job(cfg: DictConfig) -> dict[str, float]:
 def reference(cfg: DictConfig) -> dict[str, float]:
     """Mean losses of torchtune's stock model on each document by itself, in one process."""
     model = build(SHAPE)
-    model.load_state_dict(config.instantiate(cfg.checkpointer).load_checkpoint()[training.MODEL_KEY])
+    model.load_state_dict(stock_weights(cfg))
     losses: dict[str, list[torch.Tensor]] = {}
     for label, node in zip(LABELS, SOURCES, strict=True):
         for sample in random_tokens(None, **node):
