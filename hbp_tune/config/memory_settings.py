@@ -10,7 +10,7 @@ from hbp_tune.planning.plans.sharding import CpDegrees
 def memory_model(
     cfg: Mapping[str, Any], shape: DecoderShape, world_size: int, layout: Callable[[int, Sequence[int], int], CpDegrees]
 ) -> MemoryModel:
-    """Model a GPU's memory by the settings that training reads: ``optimizer``, ``dtype``, ``fsdp_sharded_accumulation``.
+    """Model a GPU's memory by the settings that training reads: ``optimizer``, ``dtype``, ``fsdp_...``.
 
     Args:
         cfg: of the run; an optimizer is taken to have AdamW's two states.
@@ -23,6 +23,7 @@ def memory_model(
         shape,
         world_size=world_size,
         states=adamw_bytes(weight=4 if cfg.get("dtype") == "fp32" else 2, is_8bit=is_8bit),
+        shard_degree=cfg.get("fsdp_shard_degree"),
         accumulation="sharded" if cfg.get("fsdp_sharded_accumulation", True) else "whole",
         layout=layout,
     )

@@ -49,6 +49,7 @@ _OURS = frozenset(
         "context_parallel",
         "attention",
         "process_group_timeout_s",
+        "fsdp_shard_degree",
         "fsdp_sharded_accumulation",
         "loss_head",
         "compute_dtype",
@@ -84,6 +85,7 @@ _COUNTS = {
     "num_samples": 1,
     "world_size": 1,
     "process_group_timeout_s": 1,
+    "fsdp_shard_degree": 1,
     "token_store_timeout_s": 1,
 }
 # Keys of the stock recipe: the values (no effect) that are fine, and what to use in place of anything else.

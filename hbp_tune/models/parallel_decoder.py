@@ -23,6 +23,7 @@ def parallelize_decoder(
     separate: Sequence[str] = (),
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
+    shard_degree: int | None = None,
 ) -> DecoderParts:
     """Hook packs into a decoder, compile its layers and its head, make them recompute, and shard it, in this order, in place.
 
@@ -35,6 +36,7 @@ def parallelize_decoder(
         separate: modules that are sharded by themselves, as torchtune's ``custom_sharded_layers``.
         reshard_after_forward: free gathered weights after the forward.
         cpu_offload: keep weights, gradients and optimizer state in host memory.
+        shard_degree: ranks that share one copy of the weights; every rank where left out.
     """
     parts = adapt_decoder(model, loss_head=loss_head)
     if compile_backend:  # first, so that neither recomputation nor gathering of weights is part of a graph
@@ -44,7 +46,7 @@ def parallelize_decoder(
     apply_fsdp(
         model,
         (*parts.layers, *separate_units(model, separate)),
-        build_fsdp_mesh(device_type),
+        build_fsdp_mesh(device_type, shard_degree),
         compute_dtype=compute_dtype,
         reshard_after_forward=reshard_after_forward,
         cpu_offload=cpu_offload,

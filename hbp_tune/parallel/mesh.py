@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from hbp_tune.errors import ConfigError
 from hbp_tune.planning.plans.sharding import CpDegrees
 
 
@@ -28,9 +29,26 @@ class CpMesh:
 CpMeshes = dict[CpDegrees, CpMesh]
 
 
-def build_fsdp_mesh(device_type: str) -> DeviceMesh:
-    """Build the mesh that shards weights: every rank, for the whole run."""
-    return init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
+def build_fsdp_mesh(device_type: str, shard_degree: int | None = None) -> DeviceMesh:
+    """Build the mesh that shards weights, for the whole run.
+
+    Args:
+        device_type: ``cuda`` or ``cpu``.
+        shard_degree: neighbouring ranks that share one copy of the weights, such as those of a node (HSDP); every rank where left
+            out.
+
+    Raises:
+        ConfigError: the degree does not divide the ranks.
+    """
+    world_size = dist.get_world_size()
+    if shard_degree in (None, world_size):
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("fsdp",))
+    assert shard_degree is not None
+    if shard_degree < 1 or world_size % shard_degree:
+        raise ConfigError(
+            f"fsdp_shard_degree={shard_degree} must divide the {world_size} ranks; leave it out to shard over all of them"
+        )
+    return init_device_mesh(device_type, (world_size // shard_degree, shard_degree), mesh_dim_names=("replicate", "fsdp"))
 
 
 def build_cp_meshes(layouts: Iterable[CpDegrees], device_type: str, *, timeout: timedelta | None = None) -> CpMeshes:

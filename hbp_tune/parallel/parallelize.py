@@ -73,12 +73,12 @@ def apply_fsdp(
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> None:
-    """Shard the weights over every rank (FSDP2): each unit by itself, what is left with the model.
+    """Shard the weights (FSDP2): each unit by itself, what is left with the model.
 
     Args:
         model: on any device, the meta device included.
         units: modules whose weights are gathered together, normally the layers.
-        mesh: one axis over every rank.
+        mesh: of `build_fsdp_mesh`.
         compute_dtype: forward and backward run in it; gradients are reduced in fp32 where the weights are fp32.
         reshard_after_forward: free gathered weights after the forward and gather them again in the backward.
         cpu_offload: keep weights, gradients and optimizer state in host memory.

@@ -44,7 +44,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             ``loss_head``, ``context_parallel``, ``attention``, ``compute_dtype``, ``max_steps``, ``dataset_val``,
             ``run_val_every_n_steps``, ``save_every_n_steps``, ``keep_last_n_checkpoints``, ``async_save``,
             ``max_nonfinite_steps``, ``num_workers``, ``token_store_dir``, ``token_store_timeout_s``, ``bad_rows``, ``plan_file``,
-            ``process_group_timeout_s``, ``fsdp_sharded_accumulation``.
+            ``process_group_timeout_s``, ``fsdp_sharded_accumulation``, ``fsdp_shard_degree``.
 
     Raises:
         ConfigError: settings that cannot work, alone or together.
@@ -186,6 +186,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             separate=cfg.get("custom_sharded_layers") or (),
             reshard_after_forward=cfg.get("fsdp_reshard_after_forward", True),
             cpu_offload=self._cpu_offload,
+            shard_degree=cfg.get("fsdp_shard_degree"),
         )
         self._layout = partial(self._context_parallel.layout, self._decoder.heads)
         for line in (
@@ -378,6 +379,7 @@ class HBPFullFinetuneRecipeDistributed(FTRecipeInterface):
             for batch in self._telemetry.watch(self._epoch_batches(epoch)):
                 pack = self._switch.activate(batch)  # the group's CP mesh and recomputed layers
                 fsdp.set_requires_gradient_sync(self._sharded_accumulation or batch.is_last_micro_step)
+                fsdp.set_requires_all_reduce(batch.is_last_micro_step)  # over copies of the weights, where there are several
                 with hbp.training.explain_out_of_memory(batch, num_layers=len(self._decoder.layers)):
                     loss = self._model(
                         batch.tokens, mask=pack, input_pos=batch.input_pos, labels=batch.labels, loss_weights=batch.loss_weights

@@ -37,7 +37,7 @@ TYPICAL_LENS = (1024, 128)
 # What seconds and memory depend on, besides the model's shape and what is chosen for the machine.
 SETTINGS = (
     *("dtype", "compute_dtype", "compile", "custom_sharded_layers", "loss_head"),
-    *("fsdp_reshard_after_forward", "fsdp_cpu_offload", "fsdp_sharded_accumulation"),
+    *("fsdp_reshard_after_forward", "fsdp_cpu_offload", "fsdp_sharded_accumulation", "fsdp_shard_degree"),
 )
 
 
@@ -119,6 +119,7 @@ class HBPProfileGroupsRecipe:
             separate=cfg.get("custom_sharded_layers") or (),
             reshard_after_forward=cfg.get("fsdp_reshard_after_forward", True),
             cpu_offload=cfg.get("fsdp_cpu_offload", False),
+            shard_degree=cfg.get("fsdp_shard_degree"),
         )
         self._init_weights(model)
         optimizer = hbp.config.build("optimizer", cfg.optimizer, model.parameters())

@@ -105,6 +105,15 @@ def test_what_lies_between_micro_steps() -> None:
         MemoryModel(LLAMA3_1_8B_DECODER, world_size=1, accumulation="half")
 
 
+def test_copies_of_the_weights_take_the_memory_of_their_own() -> None:
+    over_all, copies, of_eight = (
+        MemoryModel(LLAMA3_1_8B_DECODER, world_size=world_size, shard_degree=degree, accumulation="sharded").peak(GROUP).parts
+        for world_size, degree in ((32, None), (32, 8), (8, None))
+    )
+    assert copies == of_eight
+    assert [copies[part] for part in ("weights", "optimizer")] == [4 * over_all[part] for part in ("weights", "optimizer")]
+
+
 def test_a_tied_embedding_is_one_weight_that_stays_gathered() -> None:
     tied = replace(LLAMA3_1_8B_DECODER, tied=True)
     assert LLAMA3_1_8B_DECODER.num_params - tied.num_params == 128256 * 4096

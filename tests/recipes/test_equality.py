@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import DictConfig
 
+from hbp_tune.recipes.hbp_full_finetune_distributed import HBPFullFinetuneRecipeDistributed
 from tests.helpers import mixed_lengths, plan_of, recipe_config, run_recipe_job, train_reference
-from tests.ranks import RankPool
+from tests.ranks import RankError, RankPool
 
 TWO_RANKS = [
     {"name": "short", "pack_len": 256, "cp_degree": 1, "ac_layers": 1},
@@ -70,3 +72,32 @@ def test_four_ranks_with_repeated_kv_heads_equal_one_process(
     assert {step["cp_degree"] for step in steps} == {1, 2, 4}
     plan, dataset = plan_of(cfg, world_size=4)
     assert_same_training(steps, train_reference(cfg, plan, dataset))
+
+
+def placements_job(cfg: DictConfig) -> set[str]:
+    recipe = HBPFullFinetuneRecipeDistributed(cfg)
+    recipe.setup(cfg)
+    return {str(parameter.placements) for parameter in recipe._model.parameters()}
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_copies_of_the_weights_equal_one_process(ranks: Callable[[int], RankPool], tmp_path: Path, sharded: bool) -> None:
+    """Two copies, each over two ranks, under groups of CP degree 1, 2 and 4 and several micro-steps a step."""
+    lengths = [*mixed_lengths(60, 1024, seed=2), *range(300, 500, 20)]
+    changes = {"fsdp_shard_degree": 2, "fsdp_sharded_accumulation": sharded}
+    cfg = recipe_config(tmp_path, lengths, FOUR_RANKS, **changes, save_every_n_steps=3)
+    assert ranks(4).run(placements_job, cfg)[0] == {"(Replicate(), Shard(dim=0))"}
+    steps = ranks(4).run(run_recipe_job, cfg)[0]
+    plan, dataset = plan_of(cfg, world_size=4)
+    assert len(plan.micro_step_starts) > plan.num_steps
+    assert_same_training(steps, train_reference(cfg, plan, dataset))
+    cfg.resume_from_checkpoint = True
+    saved = len(steps) - len(steps) % 3
+    resumed = ranks(4).run(run_recipe_job, cfg)[0]
+    assert [step["loss"] for step in resumed] == [step["loss"] for step in steps[saved:]]
+
+
+def test_copies_that_do_not_divide_the_ranks_are_refused(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    cfg = recipe_config(tmp_path, [100], FOUR_RANKS, fsdp_shard_degree=3)
+    with pytest.raises(RankError, match=r"ConfigError: fsdp_shard_degree=3 must divide the 4 ranks; leave it out to shard"):
+        ranks(4).run(placements_job, cfg)

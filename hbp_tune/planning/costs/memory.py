@@ -184,7 +184,8 @@ class MemoryModel:
     Args:
         shape: of the decoder. Embedding and output projection are sharded by themselves (``custom_sharded_layers``); where
             they are one, it stays gathered.
-        world_size: ranks that shard weights, gradients and optimizer states.
+        world_size: ranks of the run.
+        shard_degree: ranks that shard weights, gradients and optimizer states; all of them where left out.
         states: bytes per weight.
         accumulation: what of the gradients lies between micro-steps: ``none`` (a step is one), ``sharded``, or ``whole``
             (``fsdp_sharded_accumulation: False``).
@@ -199,6 +200,7 @@ class MemoryModel:
         shape: DecoderShape,
         *,
         world_size: int,
+        shard_degree: int | None = None,
         states: StateBytes = BF16_ADAMW,
         accumulation: str = "none",
         layout: Callable[[int, Sequence[int], int], CpDegrees] | None = None,
@@ -209,6 +211,7 @@ class MemoryModel:
             raise ConfigError(f"accumulation={accumulation!r} must be none, sharded or whole")
         self.shape = shape
         self.world_size = world_size
+        self.shard_degree = shard_degree or world_size
         self.states = states
         self.accumulation = accumulation
         self._layout = layout
@@ -241,8 +244,8 @@ class MemoryModel:
         local_len = group.pack_len // group.cp_degree
         layer = layer_activations(shape, group, layout)
         always = {
-            "weights": states.weight * shape.num_params / self.world_size,
-            "optimizer": states.optimizer * shape.num_params / self.world_size,
+            "weights": states.weight * shape.num_params / self.shard_degree,
+            "optimizer": states.optimizer * shape.num_params / self.shard_degree,
             "rope_table": _FP32 * shape.head_dim * group.pack_len,
             "reserve": RESERVE_BYTES,
         }
@@ -255,7 +258,7 @@ class MemoryModel:
                 "saved_activations": (before - recomputed) * (layer.attention + layer.mlp) * local_len,
             }
 
-        yield Moment("optimizer", always | {"gradients": states.weight * shape.num_params / self.world_size})
+        yield Moment("optimizer", always | {"gradients": states.weight * shape.num_params / self.shard_degree})
         whole = always | kept(shape.num_layers) | self._gradients(shape.num_layers)
         yield Moment("loss head", whole | self._loss_head(local_len))
         # Gradients through the norm are four more tensors in fp32 beside what it saved.
@@ -276,10 +279,10 @@ class MemoryModel:
         if self.accumulation == "whole":
             return {"unsharded_gradients": self.states.weight * self.shape.num_params}
         if self.accumulation == "sharded":
-            return {"gradients": self.states.weight * self.shape.num_params / self.world_size}
+            return {"gradients": self.states.weight * self.shape.num_params / self.shard_degree}
         params = (self.shape.num_layers - done) * self.shape.layer_params
         params += self.shape.vocab_params if done < self.shape.num_layers else 0
-        return {"gradients": self.states.weight * params / self.world_size}
+        return {"gradients": self.states.weight * params / self.shard_degree}
 
     def _reduced(self, index: int) -> float:
         """Count gradients that are being reduced in the backward of a layer: those of the unit after it."""
